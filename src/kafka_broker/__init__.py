@@ -1,0 +1,22 @@
+"""Produce events, route them to functions, and await the reply: Kafka for asyncio services."""
+
+from __future__ import annotations
+
+from kafka_broker._event import EventObject
+from kafka_broker._manager import BrokerManager, broker_manager
+from kafka_broker._metrics import Metrics
+from kafka_broker._outbox import Delivery
+from kafka_broker._router import EventRouter
+from kafka_broker._settings import BrokerSettings
+from kafka_broker._storage import ConsumerStorage
+
+__all__ = [
+    "BrokerManager",
+    "BrokerSettings",
+    "ConsumerStorage",
+    "Delivery",
+    "EventObject",
+    "EventRouter",
+    "Metrics",
+    "broker_manager",
+]

@@ -1,0 +1,221 @@
+"""Consuming: one task that handles one event after the other and commits what is done.
+
+This is the place of the concurrent engine; what surrounds it (`Handling`, the transport's
+subscription, the order of a stop) does not change with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from kafka_broker._outbox import Delivery
+from kafka_broker.errors import BrokerUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from kafka_broker._event import Ending
+    from kafka_broker._outbox import Outbox
+    from kafka_broker._settings import BrokerSettings
+    from kafka_broker._transport import Record, Subscription, Transport
+
+_logger = logging.getLogger("kafka_broker.dispatch")
+
+_BACKOFF: Final = (0.1, 5.0)
+
+
+class Dispatcher:
+    """Reads the module's topic as a member of its group.
+
+    An offset is committed when its event and all before it in the partition have ended. Everything
+    it knows of a partition is forgotten when the partition goes to another replica.
+
+    Args:
+        handle: what happens to a record; its offset waits for the ending that is returned.
+        outbox: knows when a reply has been delivered.
+        forget: called when events that were handed on are another replica's from now on.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        transport: Transport,
+        *,
+        handle: Callable[[Record], Awaitable[Ending | None]],
+        outbox: Outbox,
+        forget: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._transport = transport
+        self._handle = handle
+        self._outbox = outbox
+        self._forget = forget
+        self._subscription: Subscription | None = None
+        self._epoch = 0
+        self._waiting: dict[int, deque[tuple[int, Ending | None]]] = defaultdict(deque)
+        self._done: dict[int, int] = {}
+        self._committing = asyncio.Lock()
+        self._commit_due = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._interruptible = False
+        self._revoking = False
+        self._stopping = False
+
+    async def open(self) -> None:
+        """Join the group; does not wait for partitions.
+
+        Raises:
+            BrokerUnavailableError: Kafka does not answer, or the topic cannot be read.
+        """
+        self._subscription = await self._transport.subscribe(
+            self._settings.module, on_assigned=self._assigned, on_revoked=self._revoked
+        )
+
+    async def run(self) -> None:
+        """Handle events until `stop`; a subscription that breaks is replaced."""
+        pause = _BACKOFF[0]
+        while not self._stopping:
+            try:
+                if self._subscription is None:
+                    await self.open()
+                for record in await self._fetch(self._subscription):
+                    if not await self._step(record):
+                        break
+                await self._commit_if_due()
+                pause = _BACKOFF[0]
+            except BrokerUnavailableError as exc:
+                _logger.warning("events cannot be read, trying again in %.1f s: %s", pause, exc)
+                await self._leave()
+                await self._rest(pause)
+                pause = min(pause * 2, _BACKOFF[1])
+
+    async def stop(self, task: asyncio.Task[None]) -> None:
+        """Stop fetching, let the running handler end, commit, leave the group.
+
+        Args:
+            task: the one that executes `run`.
+        """
+        self._stopping = True
+        if self._interruptible:
+            task.cancel()
+        _, running = await asyncio.wait({task}, timeout=self._settings.drain_timeout)
+        if running:
+            _logger.warning(
+                "a handler still runs after %g s; its event will be handled again",
+                self._settings.drain_timeout,
+            )
+            task.cancel()
+            await asyncio.wait({task}, timeout=1.0)
+        await self._replies_delivered(self._settings.drain_timeout)
+        await self._leave(commit=True)
+
+    async def _fetch(self, subscription: Subscription | None) -> Sequence[Record]:
+        with self._interrupted_by_stop():
+            return await subscription.fetch() if subscription else ()
+        return ()
+
+    async def _rest(self, seconds: float) -> None:
+        with self._interrupted_by_stop():
+            await asyncio.sleep(seconds)
+
+    @contextmanager
+    def _interrupted_by_stop(self) -> Iterator[None]:
+        """Mark a wait that a stop may cut short by cancelling it."""
+        self._interruptible = True
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+        finally:
+            self._interruptible = False
+
+    async def _step(self, record: Record) -> bool:
+        """Handle one record; returns whether the next of its batch may be handled."""
+        epoch = self._epoch
+        self._idle.clear()
+        try:
+            ending = await self._handle(record)
+        finally:
+            self._idle.set()
+        if epoch == self._epoch:
+            self._waiting[record.partition].append((record.offset + 1, ending))
+        if self._revoking or epoch != self._epoch:
+            self._forget()
+            return False
+        return not self._stopping
+
+    def _assigned(self, partitions: frozenset[int]) -> None:
+        _logger.info("%s handles partitions %s", self._settings.module, sorted(partitions))
+
+    async def _revoked(self, partitions: frozenset[int]) -> None:
+        """End and commit what can be ended in time, then forget the partitions."""
+        _logger.info("%s gives up partitions %s", self._settings.module, sorted(partitions))
+        self._revoking = True
+        self._forget()
+        try:
+            async with asyncio.timeout(self._settings.rebalance_timeout * 0.8):
+                await self._idle.wait()
+                await self._replies_delivered(self._settings.rebalance_timeout * 0.4)
+                await self._commit()
+        except (TimeoutError, BrokerUnavailableError) as exc:
+            _logger.warning("partitions move before their events ended: %r", exc)
+        finally:
+            self._revoking = False
+            self._new_epoch()
+
+    async def _replies_delivered(self, timeout: float) -> None:
+        endings = [ending for waiting in self._waiting.values() for _, ending in waiting]
+        replies = [ending for ending in endings if isinstance(ending, Delivery)]
+        if replies:
+            await asyncio.wait(map(self._outbox.wait_for, replies), timeout=timeout)
+
+    def _new_epoch(self) -> None:
+        self._epoch += 1
+        self._waiting.clear()
+        self._done.clear()
+
+    async def _commit_if_due(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now < self._commit_due:
+            return
+        self._commit_due = now + self._settings.commit_interval
+        try:
+            await self._commit()
+        except BrokerUnavailableError as exc:
+            _logger.warning("offsets are committed later: %s", exc)
+
+    async def _commit(self) -> None:
+        """Commit the offsets up to which everything has ended."""
+        async with self._committing:
+            epoch = self._epoch
+            for partition, waiting in self._waiting.items():
+                while waiting and ((ending := waiting[0][1]) is None or ending.done()):
+                    self._done[partition] = waiting.popleft()[0]
+            offsets = dict(self._done)
+            if not offsets or self._subscription is None:
+                return
+            await self._subscription.commit(offsets)
+            if epoch == self._epoch:
+                for partition, offset in offsets.items():
+                    if self._done.get(partition) == offset:
+                        del self._done[partition]
+
+    async def _leave(self, *, commit: bool = False) -> None:
+        subscription = self._subscription
+        if subscription is None:
+            return
+        if commit:
+            try:
+                await self._commit()
+            except BrokerUnavailableError as exc:
+                _logger.warning("the last offsets were not committed: %s", exc)
+        self._subscription = None
+        self._new_epoch()
+        self._forget()
+        await subscription.close()

@@ -1,0 +1,96 @@
+"""`EventObject`: one event, with the audit log of the hops it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Protocol
+from uuid import UUID, uuid4
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from typing_extensions import TypeVar
+
+PENDING = "pending"
+COMPLETED = "completed"
+ERROR = "error"
+RESPOND = "respond"
+"""The event name of every reply, as in kafka-broker 0.4."""
+
+Data = TypeVar("Data", default=Any)
+
+
+class Ending(Protocol):
+    """Something that ends: a delivery, a stored event that is taken."""
+
+    def done(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class Request:
+    """What an event that was received remembers of its sender: where a reply has to go.
+
+    Attributes:
+        topic: that the reply goes to.
+        partition: of that topic; None when any will do.
+        correlation: echoed byte by byte, for peers whose ids are not text.
+        instance: the replica that asks, when it is one of this library.
+        deadline: seconds since the epoch after which no reply is of use.
+        awaited: whether somebody surely waits, so that ``None`` is a reply too.
+        enveloped: whether the peer speaks in envelopes; else its reply is bare data.
+        reply: the delivery of the answer, once there is one.
+    """
+
+    topic: str
+    partition: int | None
+    correlation: bytes
+    instance: bytes | None = None
+    deadline: float | None = None
+    awaited: bool = False
+    enveloped: bool = True
+    reply: Ending | None = None
+
+
+class Hop(BaseModel):
+    """One entry of an audit log: the module an event left, and when it reached the next one.
+
+    Times are whole seconds since the epoch, as kafka-broker 0.4 writes them. We write no copy of
+    the data; what a peer wrote there is kept.
+    """
+
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    location: str
+    event: str = ""
+    data: Any = None
+    time_sent: float | int | None = None
+    time_received: float | int | None = None
+
+
+def _text(value: object) -> object:
+    return str(value) if isinstance(value, (UUID, int)) else value
+
+
+def _new_id() -> str:
+    return str(uuid4())
+
+
+class EventObject(BaseModel, Generic[Data]):
+    """An event: a dotted name, its data, and the id that ties a reply to its request.
+
+    ``EventObject[Model]`` is an event whose data is that pydantic model.
+    """
+
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    correlation_id: Annotated[str, BeforeValidator(_text)] = Field(default_factory=_new_id)
+    """Ties a reply to its request; a UUID is taken as its text. A new UUID unless given."""
+    event: str
+    """The dotted name that the receiving module routes by, without the module's own name."""
+    data: Data = None  # type: ignore[assignment]  # None stands for "no data" of any type
+    """Anything that JSON can say, or a pydantic model."""
+    status: str = PENDING
+    """``pending`` in a request, ``completed`` or ``error`` in a reply."""
+    audit_log: list[Hop] = Field(default_factory=list)
+    """Every hop so far, the oldest first."""
+
+    _request: Request | None = PrivateAttr(default=None)
+

@@ -1,0 +1,139 @@
+"""What happens to one record of the module's topic, from its bytes to its reply."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from kafka_broker import _wire
+from kafka_broker._event import ERROR, PENDING, RESPOND, Ending, EventObject
+from kafka_broker._transport import Outgoing
+from kafka_broker.errors import EventDecodeError, NoHandlerError
+
+if TYPE_CHECKING:
+    import anyio
+
+    from kafka_broker._metrics import Metrics
+    from kafka_broker._outbox import Delivery, Outbox
+    from kafka_broker._router import EventRouter
+    from kafka_broker._settings import BrokerSettings
+    from kafka_broker._storage import ConsumerStorage
+    from kafka_broker._transport import Record, Transport
+
+_logger = logging.getLogger("kafka_broker.handling")
+
+
+class Handling:
+    """Decodes, routes, answers. Every way a record can end goes through one call of this."""
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        router: EventRouter | None,
+        storage: ConsumerStorage,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._router = router
+        self._storage = storage
+        self._metrics = metrics
+
+    def open(self, transport: Transport, outbox: Outbox, limiter: anyio.CapacityLimiter) -> None:
+        """Bind to the parts of one life of the broker."""
+        self._transport = transport
+        self._outbox = outbox
+        self._limiter = limiter
+
+    async def __call__(self, record: Record) -> Ending | None:
+        """Handle *record*; its offset may be committed when the ending that is returned is done."""
+        try:
+            event = _wire.decode(record)
+        except EventDecodeError as exc:
+            _logger.error("%s", exc)  # noqa: TRY400  # the traceback would quote the payload
+            return self._bury(record, exc)
+        if self._router is None or self._is_reply(event):
+            return await self._storage.offer(event)
+        request = event._request  # noqa: SLF001  # kept from the user's eyes only
+        if request and request.deadline and request.deadline <= self._transport.now():
+            self._metrics.count("events_expired")
+            return None
+        return await self._handle(self._router, event, record)
+
+    def _is_reply(self, event: EventObject[Any]) -> bool:
+        """Return whether a peer without reply headers answered to our topic what we wait for."""
+        return event.status != PENDING and self._storage.waits_for(event.correlation_id)
+
+    async def _handle(
+        self, router: EventRouter, event: EventObject[Any], record: Record
+    ) -> Ending | None:
+        handler = router.match(event.event)
+        if handler is None:
+            if event.event == RESPOND and event.status != PENDING:
+                self._metrics.count("replies_late")
+                return None
+            return self._fail(event, record, NoHandlerError(event.event, event.correlation_id))
+        try:
+            result = await handler.call(event, self._limiter)
+            ending = self._answer(event, result)
+        except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here, answered
+            return self._fail(event, record, exc)
+        self._metrics.count("events_handled")
+        return ending
+
+    def _answer(self, event: EventObject[Any], result: object) -> Ending | None:
+        request = event._request  # noqa: SLF001  # as above
+        if request is None or (result is None and (request.reply or not request.awaited)):
+            return request and request.reply
+        if isinstance(result, EventObject):
+            result = result.data
+        return self.reply(event, result)
+
+    def reply(self, event: EventObject[Any], data: object, *, status: str = "completed") -> Delivery:
+        """Send the answer to *event*, which remembers it: it is answered once.
+
+        Raises:
+            TypeError: the data has no form in JSON.
+        """
+        request = event._request  # noqa: SLF001  # as above
+        assert request is not None  # noqa: S101  # whoever calls this has looked
+        answer = _wire.reply_to(event, data, status=status)
+        record = Outgoing(
+            event.correlation_id.encode(),
+            _wire.encode_reply(answer, request, self._settings.module),
+            _wire.reply_headers(request),
+        )
+        request.reply = delivery = self._outbox.put(
+            request.topic, record, partition=request.partition, urgent=True
+        )
+        return delivery
+
+    def _fail(self, event: EventObject[Any], record: Record, error: Exception) -> Ending:
+        """Tell the one who waits; an event that nobody waits for is kept in the dead-letter topic."""
+        where = f"{record.topic}:{record.partition}:{record.offset}"
+        expected = isinstance(error, (NoHandlerError, EventDecodeError))
+        _logger.error(
+            "event %r (%s, correlation id %s) failed: %s",
+            event.event,
+            where,
+            event.correlation_id,
+            error if expected else type(error).__name__,
+            exc_info=None if expected else error,
+        )
+        self._metrics.count("events_failed")
+        request = event._request  # noqa: SLF001  # as above
+        answer: Delivery | None = None
+        if request is not None:
+            problem = _wire.problem(error, event, self._settings.module)
+            answer = self.reply(event, problem, status=ERROR)
+            if request.awaited:
+                return answer
+        return self._bury(record, error)
+
+    def _bury(self, record: Record, error: Exception) -> Delivery:
+        """Put a record into the dead-letter topic as it came, with its origin and the error."""
+        self._metrics.count("events_dead_lettered")
+        headers = _wire.dead_letter_headers(record, error)
+        buried = Outgoing(record.key, record.value, headers)
+        return self._outbox.put(
+            self._settings.dead_letter_topic, buried, keyed=record.key is not None, urgent=True
+        )

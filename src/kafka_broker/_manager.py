@@ -1,0 +1,409 @@
+"""`BrokerManager`: produce, request, and the four doors to one start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+
+from kafka_broker import _wire
+from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
+from kafka_broker._handler import Payload
+from kafka_broker._metrics import Metrics
+from kafka_broker._outbox import Delivery, Outbox
+from kafka_broker._run import Run
+from kafka_broker._settings import BrokerSettings, load_settings
+from kafka_broker._storage import DEFAULT, ConsumerStorage, Default
+from kafka_broker._transport import Outgoing
+from kafka_broker.errors import BrokerClosedError, ConfigurationError, ReplyTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from types import TracebackType
+
+    from kafka_broker._router import EventRouter
+
+Reply = TypeVar("Reply")
+
+
+class BrokerManager:
+    """One module's connection to Kafka: a service, or one replica of it.
+
+    Making one does no I/O. It is started by one of four doors, ``async with``, `lifespan`,
+    `init_consumer_app` or `init_consumer`, and can be started again after a stop, in the same event
+    loop or in another.
+
+    Args:
+        module: the name of this service and of its topic; ``KAFKA_BROKER_MODULE`` unless given.
+        router: what incoming events go to; without one they go to `consumer_storage`.
+        settings: ready-made settings, in place of *module* and the other arguments.
+        metrics: told of everything that is counted.
+        **values: any setting of `BrokerSettings` by its name.
+
+    Raises:
+        ConfigurationError: a setting is wrong or missing.
+    """
+
+    def __init__(
+        self,
+        module: str | None = None,
+        *,
+        router: EventRouter | None = None,
+        settings: BrokerSettings | None = None,
+        metrics: Metrics | None = None,
+        **values: Any,
+    ) -> None:
+        if settings is not None and (module is not None or values):
+            msg = "give either settings or single arguments, not both"
+            raise ConfigurationError(msg)
+        self.router = router
+        self._metrics = metrics or Metrics()
+        self._settings = settings
+        if module is not None or values:
+            self._settings = load_settings(module, values)
+        self._storage: ConsumerStorage | None = None
+        self._outbox: Outbox | None = None
+        self._making = threading.Lock()
+        self._run: Run | None = None
+        self._doors = 0
+
+    @property
+    def settings(self) -> BrokerSettings:
+        """The settings; those of the environment are read at the first use.
+
+        Raises:
+            ConfigurationError: the environment lacks a setting.
+        """
+        if self._settings is None:
+            self._settings = load_settings(None, {})
+        return self._settings
+
+    @property
+    def consumer_storage(self) -> ConsumerStorage:
+        """What has arrived and was not taken yet, and the waits for what has not arrived."""
+        if self._storage is None:
+            settings = self.settings
+            self._storage = ConsumerStorage(
+                timeout=settings.reply_timeout,
+                ttl=settings.reply_ttl,
+                limit=settings.storage_events,
+                metrics=self._metrics,
+            )
+        return self._storage
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is connected, can get replies, and is not stopping."""
+        return self._run is not None and self._run.ready and not self._run.over
+
+    def produce(
+        self, topic: str, event: EventObject[Any], *, key: str | bytes | None = None
+    ) -> Delivery:
+        """Send *event* to *topic*; callable with and without ``await``, from any thread.
+
+        The order of calls is the order of events with one key. Before the start events are queued.
+        An event that was received keeps the address of its first sender: with the name ``respond``
+        and that sender's topic it is the reply, else it goes on and the next module may answer.
+
+        Args:
+            topic: a module's name.
+            event: sent as it is now; later changes do not matter.
+            key: decides the partition as Kafka's Java client does; the correlation id unless given.
+
+        Returns:
+            A delivery: await it to know that the event is in the log, or drop it.
+
+        Raises:
+            OutboxFullError: too much is waiting; nothing was taken.
+            BrokerClosedError: the broker was stopped.
+            TypeError: the data has no form in JSON.
+        """
+        request = event._request  # noqa: SLF001  # kept from the user's eyes only
+        if request is None:
+            return self._send(topic, event, key=key)
+        if event.event == RESPOND and event.audit_log and topic == event.audit_log[0].location:
+            status = COMPLETED if event.status == PENDING else event.status
+            answer = _wire.reply_to(event, event.data, status=status)
+            value = _wire.encode_reply(answer, request, self.settings.module)
+            headers, topic, partition = _wire.reply_headers(request), request.topic, request.partition
+        else:
+            value = _wire.encode(event, self.settings.module)
+            headers, partition = _wire.forward_headers(request), None
+        record = Outgoing(_bytes(key, event.correlation_id), value, headers)
+        delivery = self._open_outbox().put(topic, record, keyed=key is not None, partition=partition)
+        request.reply = delivery
+        return delivery
+
+    def _send(
+        self,
+        topic: str,
+        event: EventObject[Any],
+        *,
+        key: str | bytes | None = None,
+        timeout: float | None = None,
+    ) -> Delivery:
+        outbox, storage = self._open_outbox(), self.consumer_storage
+        deadline = useless_after = None
+        if timeout is not None and self._run is not None:
+            deadline = self._run.transport.now() + timeout
+            useless_after = self._run.loop.time() + timeout
+        correlation_id = event.correlation_id
+        record = Outgoing(
+            _bytes(key, correlation_id),
+            _wire.encode(event, self.settings.module),
+            _wire.request_headers(correlation_id, deadline),
+        )
+        return outbox.put(
+            topic,
+            record,
+            keyed=key is not None,
+            addressed=True,
+            useless_after=useless_after,
+            on_failure=lambda error: storage.fail(correlation_id, error),
+        )
+
+    def _open_outbox(self) -> Outbox:
+        with self._making:
+            if self._outbox is None:
+                settings = self.settings
+                self._outbox = Outbox(
+                    delivery_timeout=settings.delivery_timeout,
+                    max_events=settings.outbox_events,
+                    max_bytes=settings.outbox_bytes,
+                    metrics=self._metrics,
+                )
+            return self._outbox
+
+    @overload
+    async def request(
+        self,
+        topic: str,
+        event: str,
+        data: object = None,
+        *,
+        timeout: float | Default = DEFAULT,
+        response: type[Reply],
+    ) -> EventObject[Reply]: ...
+
+    @overload
+    async def request(
+        self,
+        topic: str,
+        event: str,
+        data: object = None,
+        *,
+        timeout: float | Default = DEFAULT,
+        response: None = None,
+    ) -> EventObject[Any]: ...
+
+    async def request(
+        self,
+        topic: str,
+        event: str,
+        data: object = None,
+        *,
+        timeout: float | Default = DEFAULT,
+        response: type[Any] | None = None,
+    ) -> EventObject[Any]:
+        """Send an event and wait for its reply.
+
+        Args:
+            topic: the module that is asked.
+            event: the dotted name it routes by.
+            data: anything that JSON can say, or a pydantic model.
+            timeout: in seconds; ``reply_timeout`` of the settings unless given. It travels with the
+                request, which is not handled any more once it has passed.
+            response: a type, for example a pydantic model, that the reply's data is read as.
+
+        Raises:
+            ReplyTimeoutError: no reply in time; the request may still have been handled.
+            RemoteError: the handler failed.
+            NoHandlerError: the module does not handle this event.
+            DeliveryError: the request could not be delivered.
+            EventDecodeError: the reply is not what *response* asks for.
+            BrokerClosedError: the broker is not running, or stopped meanwhile.
+            TypeError: the data has no form in JSON.
+        """
+        seconds = self.settings.reply_timeout if isinstance(timeout, Default) else timeout
+        asked: EventObject[Any] = EventObject(event=event, data=data)
+        storage = self.consumer_storage
+        slot = storage.expect(asked.correlation_id, seconds)
+        try:
+            delivery = self._send(topic, asked, timeout=seconds)
+        except BaseException:
+            storage.release(slot)
+            raise
+        try:
+            reply = await storage.collect(slot)
+        except (ReplyTimeoutError, BrokerClosedError, asyncio.CancelledError) as exc:
+            unsent = self._open_outbox().withdraw(delivery)
+            if unsent is not None and isinstance(exc, ReplyTimeoutError):
+                raise unsent from exc
+            raise
+        return reply if response is None else _payload(response).event_of(reply)
+
+    def init_consumer(self) -> Awaitable[None]:
+        """Start in the running loop; the result can be awaited until the broker is ready.
+
+        Starting a broker that runs joins it. Whoever starts by this door stops by `stop`, or lets
+        the loop end: then what was produced is flushed.
+
+        Raises:
+            ConfigurationError: a setting is wrong, or it runs in another event loop.
+            BrokerUnavailableError: through the awaitable: Kafka did not answer, or refuses us.
+            BrokerClosedError: through the awaitable: it was stopped as it started.
+        """
+        loop = asyncio.get_running_loop()
+        run = self._run
+        if run is None or run.over:
+            run = self._begin()
+        elif run.loop is not loop:
+            msg = f"broker {self.settings.module!r} runs in another event loop; stop it there first"
+            raise ConfigurationError(msg)
+        return _Started(run)
+
+    def _begin(self) -> Run:
+        storage = self.consumer_storage
+        if self._outbox is not None and self._outbox.used:
+            self._outbox.close()
+            self._outbox = None
+        self._run = Run(self.settings, self.router, storage, self._open_outbox(), self._metrics)
+        return self._run
+
+    async def stop(self) -> None:
+        """Stop: end handlers, commit, flush, fail the remaining waits. Stopping twice is fine.
+
+        Each step is bounded by ``drain_timeout``. Cancelling the call does not cancel the stop.
+        """
+        run = self._run
+        if run is None or run.over:
+            return
+        run.request_stop()
+        await run.wait_over()
+
+    async def wait_closed(self) -> None:
+        """Return when the broker has stopped: by SIGTERM, SIGINT or `stop`.
+
+        A second signal, while it stops, has its usual effect.
+
+        Raises:
+            BrokerClosedError: it is not running.
+            Exception: whatever bug of ours ended it.
+        """
+        run = self._run
+        if run is None:
+            msg = "the broker is not running: start it first"
+            raise BrokerClosedError(msg)
+        with _signals(run.request_stop):
+            await run.wait_over()
+        if run.failure is not None:
+            raise run.failure
+
+    async def __aenter__(self) -> Self:
+        """Start and wait until ready; raises as `init_consumer`."""
+        await self._enter()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop, if nobody else has entered it; raises the bug that ended it before, if one did."""
+        await self._leave()
+        if error is None and self._run is not None and self._run.failure is not None:
+            raise self._run.failure
+
+    async def _enter(self) -> None:
+        started = self.init_consumer()
+        self._doors += 1
+        try:
+            await started
+        except BaseException:
+            await self._leave()
+            raise
+
+    async def _leave(self) -> None:
+        self._doors -= 1
+        if self._doors == 0:
+            await self.stop()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG002  # Starlette's shape
+        """Run while an ASGI application does: ``FastAPI(lifespan=broker_manager.lifespan)``.
+
+        The state ``{"broker": self}`` is what `kafka_broker.fastapi.Broker` reads.
+        """
+        async with self:
+            yield {"broker": self}
+
+    def init_consumer_app(self, app: Any) -> None:
+        """Add this broker to the lifespan of a Starlette or FastAPI application that is made.
+
+        The broker starts before the application's own lifespan and stops after it.
+        """
+        inner: Callable[[Any], Any] = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def composed(started: Any) -> AsyncIterator[dict[str, Any]]:
+            async with self.lifespan(started) as ours, inner(started) as theirs:
+                yield {**ours, **(theirs or {})}
+
+        app.router.lifespan_context = composed
+
+
+class _Started:
+    """Awaits the start of a run without being able to cancel it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __await__(self) -> Iterator[Any]:
+        yield from asyncio.wait({self._run.started}).__await__()
+        self._run.started.result()
+
+
+@lru_cache(maxsize=512)
+def _payload(response: Any) -> Payload:
+    return Payload(response)
+
+
+def _bytes(key: str | bytes | None, correlation_id: str) -> bytes:
+    if key is None:
+        return correlation_id.encode()
+    return key.encode() if isinstance(key, str) else key
+
+
+@contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT call *stop*, the first time, where the platform allows it."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def once() -> None:
+        restore()
+        stop()
+
+    def restore() -> None:
+        while before:
+            number, handler = before.popitem()
+            loop.remove_signal_handler(number)
+            if handler is not None:
+                signal.signal(number, handler)
+
+    with suppress(NotImplementedError, ValueError, RuntimeError):
+        for number in before:
+            loop.add_signal_handler(number, once)
+    try:
+        yield
+    finally:
+        with suppress(NotImplementedError, ValueError, RuntimeError):
+            restore()
+
+
+broker_manager = BrokerManager()

@@ -1,0 +1,29 @@
+"""`Metrics`: what the library counts, told to an observer that does nothing by itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Counted = Literal[
+    "events_delivered",
+    "events_undelivered",
+    "events_handled",
+    "events_failed",
+    "events_dead_lettered",
+    "events_expired",
+    "requests_sent",
+    "replies_received",
+    "replies_late",
+    "replies_foreign",
+    "replies_dropped",
+]
+
+
+class Metrics:
+    """An observer of one broker; subclass it and pass it as ``metrics=``.
+
+    Called in the broker's event loop, between two awaits: it must return at once and never raise.
+    """
+
+    def count(self, what: Counted, amount: int = 1) -> None:
+        """Something that is counted happened *amount* times."""

@@ -1,0 +1,225 @@
+"""One life of a broker, from its start to its stop, owned by one supervisor task."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+
+from kafka_broker import _wire
+from kafka_broker._dispatch import Dispatcher
+from kafka_broker._handling import Handling
+from kafka_broker._replies import ReplyInbox
+from kafka_broker._transport import TopicSpec
+from kafka_broker.errors import BrokerClosedError, BrokerError, BrokerUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from kafka_broker._metrics import Metrics
+    from kafka_broker._outbox import Outbox
+    from kafka_broker._router import EventRouter
+    from kafka_broker._settings import BrokerSettings
+    from kafka_broker._storage import ConsumerStorage
+    from kafka_broker._transport import Transport
+
+_logger = logging.getLogger("kafka_broker.life")
+
+_BACKOFF: Final = (0.1, 2.0)
+STOPPED: Final = "the broker was stopped"
+
+
+def connect(settings: BrokerSettings) -> Transport:
+    """Return the transport that the bootstrap servers ask for; nothing is connected yet."""
+    if settings.bootstrap_servers.startswith("memory://"):
+        from kafka_broker._transport.memory import MemoryTransport  # noqa: PLC0415  # one is enough
+
+        return MemoryTransport(settings)
+    from kafka_broker._transport.kafka import KafkaTransport  # noqa: PLC0415  # aiokafka loads slowly
+
+    return KafkaTransport(settings)
+
+
+class Run:
+    """Everything that lives from a start to a stop; belongs to the loop that it is made in.
+
+    Attributes:
+        loop: that loop.
+        started: ends when the broker is ready, or in the error that kept it from starting.
+        ready: whether it takes part: connected, its reply partition positioned, not stopping.
+        failure: what ended it, when that was not a stop.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        router: EventRouter | None,
+        storage: ConsumerStorage,
+        outbox: Outbox,
+        metrics: Metrics,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.started: asyncio.Future[None] = self.loop.create_future()
+        self.ready = False
+        self.failure: BaseException | None = None
+        self.outbox = outbox
+        self.transport = connect(settings)
+        self.handling = Handling(settings, router, storage, metrics)
+        self._settings = settings
+        self._storage = storage
+        self._inbox = ReplyInbox(settings.reply_topic, settings.instance, storage, metrics)
+        self._dispatcher = Dispatcher(
+            settings,
+            self.transport,
+            handle=self.handling,
+            outbox=outbox,
+            forget=storage.forget_events,
+        )
+        storage.open()
+        self._stopping = asyncio.Event()
+        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._task = self.loop.create_task(self._supervise(), name=f"kafka_broker {settings.module}")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it is left, or nothing can be: its loop was closed."""
+        return self._task.done() or self.loop.is_closed()
+
+    def request_stop(self) -> None:
+        """Begin to stop; returns at once."""
+        self._stopping.set()
+
+    async def wait_over(self) -> None:
+        """Wait until it has stopped; cancelling the wait does not cancel the stop."""
+        await asyncio.wait({self._task})
+
+    async def _supervise(self) -> None:
+        try:
+            if await self._until_stopping(self._start()):
+                self.ready = True
+                self.started.set_result(None)
+                await self._watch()
+        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001  # kept for whoever waits
+            self._note(exc)
+        await self._shut_down()
+
+    def _note(self, error: BaseException) -> None:
+        """Keep what ended this run for those who wait; what nobody will see is logged."""
+        self.failure = error if isinstance(error, Exception) else None
+        if not self.started.done():
+            self.started.set_exception(
+                error if isinstance(error, Exception) else BrokerClosedError(STOPPED)
+            )
+        elif self.failure is not None:
+            _logger.critical("the broker stops because of a bug in it", exc_info=error)
+
+    async def _until_stopping(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do *work* unless a stop comes first; returns whether it was done."""
+        doing = self.loop.create_task(work)
+        stopping = self.loop.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            if not doing.done():
+                doing.cancel()
+                await asyncio.wait({doing})
+        if doing.cancelled():
+            if not self.started.done():
+                self.started.set_exception(BrokerClosedError("the broker was stopped as it started"))
+            return False
+        doing.result()
+        return True
+
+    async def _start(self) -> None:
+        """Try until Kafka answers, at most ``start_timeout`` seconds."""
+        deadline = self.loop.time() + self._settings.start_timeout
+        pause = _BACKOFF[0]
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._connect()
+            except TimeoutError as exc:
+                msg = f"Kafka did not answer within {self._settings.start_timeout:g} s"
+                raise BrokerUnavailableError(msg) from exc
+            except BrokerUnavailableError as exc:
+                if self.loop.time() + pause > deadline:
+                    raise
+                _logger.warning("not started yet, trying again in %.1f s: %s", pause, exc)
+            else:
+                return
+            await self._disconnect()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _BACKOFF[1])
+
+    async def _connect(self) -> None:
+        await self.transport.start()
+        await self._ensure_topics()
+        await self._inbox.open(self.transport)
+        await self._dispatcher.open()
+        limiter = anyio.CapacityLimiter(self._settings.concurrency)
+        self.handling.open(self.transport, self.outbox, limiter)
+        self._workers = {
+            "replies": self.loop.create_task(self._inbox.run(self.transport)),
+            "dispatch": self.loop.create_task(self._dispatcher.run()),
+        }
+        instance = self._settings.instance
+        self.outbox.open(
+            self.transport, _wire.address(self._inbox.topic, self._inbox.partition, instance)
+        )
+
+    async def _ensure_topics(self) -> None:
+        settings = self._settings
+        retention = str(int(settings.reply_retention * 1000))
+        topics = [
+            TopicSpec(settings.module, settings.module_partitions),
+            TopicSpec(
+                settings.reply_topic,
+                settings.reply_partitions,
+                {"retention.ms": retention, "segment.ms": retention},
+            ),
+            TopicSpec(settings.dead_letter_topic, 1),
+        ]
+        if settings.create_topics:
+            await self.transport.create_topics(topics)
+            return
+        for topic in topics:
+            if not await self.transport.partitions(topic.name):
+                command = topic.command(settings.bootstrap_servers)
+                msg = f"topic {topic.name!r} does not exist and create_topics is off; run: {command}"
+                raise BrokerUnavailableError(msg)
+
+    async def _disconnect(self) -> None:
+        await self._inbox.close()
+        await self.transport.stop()
+
+    async def _watch(self) -> None:
+        """Wait for a stop; a worker that ends before is a bug of ours, and ends everything."""
+        stopping = self.loop.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {stopping, *self._workers.values()}, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            stopping.cancel()
+        for worker in done - {stopping}:
+            worker.result()
+
+    async def _shut_down(self) -> None:
+        """Stop in the order that loses and doubles nothing; every step has a deadline."""
+        self.ready = False
+        settings = self._settings
+        why = STOPPED if self.failure is None else f"the broker failed: {self.failure!r}"
+        if dispatch := self._workers.pop("dispatch", None):
+            await self._dispatcher.stop(dispatch)
+        self.outbox.refuse(why)
+        if not self.started.cancelled() and self.started.exception() is None:
+            await self.outbox.flush(settings.drain_timeout)
+        self._storage.close(why)
+        for worker in self._workers.values():
+            worker.cancel()
+            await asyncio.wait({worker}, timeout=1.0)
+        await self._disconnect()
+        self.outbox.close()

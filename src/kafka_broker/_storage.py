@@ -1,0 +1,391 @@
+"""`ConsumerStorage`: what has arrived, by correlation id, and those who wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final
+
+from kafka_broker import _wire
+from kafka_broker._event import EventObject
+from kafka_broker.errors import BrokerClosedError, BrokerError, DeliveryError, ReplyTimeoutError
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from kafka_broker._metrics import Metrics
+    from kafka_broker._transport import Record
+
+_logger = logging.getLogger("kafka_broker.storage")
+
+_REMEMBERED: Final = 8192
+
+
+class Default:
+    """Stands for a timeout that was not given: the settings' ``reply_timeout``."""
+
+    def __repr__(self) -> str:
+        """Show what a reader of a signature has to know."""
+        return "<reply_timeout of the settings>"
+
+
+DEFAULT: Final = Default()
+
+
+class Arrival:
+    """What arrived under a correlation id: an event, a reply not decoded yet, or a failure."""
+
+    __slots__ = ("content", "correlation_id", "expires", "taken")
+
+    def __init__(
+        self, correlation_id: str, content: EventObject[Any] | Record | DeliveryError
+    ) -> None:
+        self.correlation_id = correlation_id
+        self.content = content
+        self.expires = 0.0
+        self.taken = False
+
+    def done(self) -> bool:
+        """Return whether it was taken, so that its offset may be committed."""
+        return self.taken
+
+    def open(self) -> EventObject[Any]:
+        """Return the event.
+
+        Raises:
+            DeliveryError: what arrived is that the event was not delivered.
+            EventDecodeError: its bytes are no event.
+        """
+        if isinstance(self.content, DeliveryError):
+            raise self.content.with_traceback(None)
+        if isinstance(self.content, EventObject):
+            return self.content
+        event = _wire.decode(self.content)
+        event.correlation_id = self.correlation_id
+        return event
+
+
+class Slot(asyncio.Future[Arrival]):
+    """One wait for one correlation id."""
+
+    __slots__ = ("correlation_id", "expiry", "timeout")
+
+    correlation_id: str
+    expiry: asyncio.TimerHandle | None
+    timeout: float
+
+    def expire(self) -> None:
+        """End the wait: nothing came in time."""
+        if not self.done():
+            self.set_exception(ReplyTimeoutError(self.correlation_id, self.timeout))
+
+
+class ConsumerStorage:
+    """Holds what has arrived until it is taken, and hands each reply to the one who waits for it.
+
+    *Events* of the module's own topic come here when the broker has no router. They are never
+    dropped: when ``limit`` of them are held, fetching stops until some are taken. *Replies* that
+    nobody waits for yet are kept for ``ttl`` seconds, at most ``limit`` of them, oldest out first.
+
+    It belongs to the event loop of its broker.
+    """
+
+    def __init__(self, *, timeout: float, ttl: float, limit: int, metrics: Metrics) -> None:
+        self._timeout = timeout
+        self._ttl = ttl
+        self._limit = limit
+        self._metrics = metrics
+        self._closed: str | None = "the broker is not running: start it first"
+        self._ended: set[str] = set()
+        self._ended_before: set[str] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._slots: dict[str, list[Slot]] = {}
+        self._stored: dict[str, list[Arrival]] = {}
+        self._arrived: asyncio.Queue[Arrival] = asyncio.Queue()
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._events: OrderedDict[Arrival, None] = OrderedDict()
+        self._parked: OrderedDict[Arrival, None] = OrderedDict()
+        self._expiry: asyncio.TimerHandle | None = None
+
+    async def receive(self) -> bool:
+        """Wait until something new has arrived, move it into the storage and return True.
+
+        Raises:
+            BrokerClosedError: the broker is not running, or stopped meanwhile.
+        """
+        while True:
+            if self._closed is not None:
+                raise BrokerClosedError(self._closed)
+            await self._news.wait()
+            if await self.poll():
+                return True
+
+    async def poll(self) -> bool:
+        """Move what has arrived into the storage without waiting; returns whether anything came."""
+        if self._closed is not None:
+            return False
+        news = self._news.is_set()
+        self._news.clear()
+        self._move()
+        return news
+
+    def _move(self) -> None:
+        while not self._arrived.empty():
+            arrival = self._arrived.get_nowait()
+            if arrival in self._events or arrival in self._parked:
+                self._stored.setdefault(arrival.correlation_id, []).append(arrival)
+
+    async def consume(
+        self, correlation_id: str | UUID, *, timeout: float | Default | None = DEFAULT
+    ) -> EventObject[Any]:
+        """Wait for the event with this id, remove it and return it.
+
+        Several waiters on one id are served in order, one event each.
+
+        Args:
+            correlation_id: of the event.
+            timeout: in seconds; ``reply_timeout`` of the settings unless given, None for no limit.
+
+        Raises:
+            ReplyTimeoutError: nothing came in time.
+            RemoteError: the reply tells that the handler failed.
+            NoHandlerError: the reply tells that nobody there handles the event.
+            DeliveryError: an event that was produced with this id was not delivered.
+            EventDecodeError: what came is no event.
+            BrokerClosedError: the broker is not running, or stopped meanwhile.
+        """
+        key = str(correlation_id)
+        self._move()
+        if key in self._stored:
+            return _read(self._take(self._stored[key][0]))
+        return await self.collect(self.expect(key, timeout))
+
+    def expect(self, correlation_id: str, timeout: float | Default | None = DEFAULT) -> Slot:
+        """Open a slot for *correlation_id*; whoever opens it has to `collect` or `release` it.
+
+        Raises:
+            BrokerClosedError: the broker is not running.
+        """
+        if self._closed is not None:
+            raise BrokerClosedError(self._closed)
+        loop = asyncio.get_running_loop()
+        slot = Slot(loop=loop)
+        slot.correlation_id = correlation_id
+        slot.timeout = self._timeout if isinstance(timeout, Default) else timeout or 0.0
+        slot.expiry = None if timeout is None else loop.call_later(slot.timeout, slot.expire)
+        self._slots.setdefault(correlation_id, []).append(slot)
+        return slot
+
+    async def collect(self, slot: Slot) -> EventObject[Any]:
+        """Wait for what comes into *slot*, close it, and return the event; raises as `consume`."""
+        try:
+            arrival = await slot
+        except asyncio.CancelledError:
+            self.release(slot)
+            if slot.done() and not slot.cancelled() and slot.exception() is None:
+                self._give_back(slot.result())
+            raise
+        except BaseException:
+            self.release(slot)
+            raise
+        self.release(slot)
+        return _read(arrival)
+
+    def release(self, slot: Slot) -> None:
+        """Close a slot, whatever became of its wait."""
+        if slot.expiry is not None:
+            slot.expiry.cancel()
+        slots = self._slots.get(slot.correlation_id)
+        if slots is None or slot not in slots:
+            return
+        slots.remove(slot)
+        if not slots:
+            del self._slots[slot.correlation_id]
+            self._remember(slot.correlation_id)
+        if slot.done() and not slot.cancelled():
+            slot.exception()  # retrieved: a wait that was cancelled as it failed logs no noise
+
+    async def consume_all(self) -> dict[str, EventObject[Any]]:
+        """Take everything that has arrived, without waiting: events by correlation id.
+
+        Of several events with one id the first is taken; the others stay for the next call.
+        What cannot be read is logged and left out.
+        """
+        await self.poll()
+        taken: dict[str, EventObject[Any]] = {}
+        for key in list(self._stored):
+            arrival = self._take(self._stored[key][0])
+            try:
+                taken[key] = arrival.open()
+            except BrokerError as exc:
+                _logger.error("what arrived as %s is no event: %s", key, exc)
+        if self._stored:
+            self._news.set()
+        return taken
+
+    def get(
+        self, correlation_id: str | UUID, default: EventObject[Any] | None = None
+    ) -> EventObject[Any] | None:
+        """Return the event with this id and leave it there; *default* if it is not in the storage.
+
+        Raises:
+            DeliveryError: an event that was produced with this id was not delivered.
+            EventDecodeError: what came is no event.
+        """
+        arrivals = self._stored.get(str(correlation_id))
+        return arrivals[0].open() if arrivals else default
+
+    def remove(self, correlation_id: str | UUID) -> EventObject[Any] | None:
+        """Take the event with this id out of the storage, if it is there; raises as `get`."""
+        arrivals = self._stored.get(str(correlation_id))
+        return self._take(arrivals[0]).open() if arrivals else None
+
+    def __len__(self) -> int:
+        """Return how many events are in the storage."""
+        return sum(map(len, self._stored.values()))
+
+    def __contains__(self, correlation_id: object) -> bool:
+        """Return whether an event with this id is in the storage."""
+        return str(correlation_id) in self._stored
+
+    def waits_for(self, correlation_id: str) -> bool:
+        """Return whether somebody waits for this id now."""
+        return any(not slot.done() for slot in self._slots.get(correlation_id, ()))
+
+    async def offer(self, event: EventObject[Any]) -> Arrival:
+        """Add an event of the module's topic, as soon as there is room for it."""
+        while len(self._events) >= self._limit and not self.waits_for(event.correlation_id):
+            self._room.clear()
+            await self._room.wait()
+        arrival = Arrival(event.correlation_id, event)
+        self._add_event(arrival)
+        return arrival
+
+    def _add_event(self, arrival: Arrival) -> None:
+        arrival.taken = False
+        if not self._hand_over(arrival):
+            self._events[arrival] = None
+            self._arrive(arrival)
+
+    def put_reply(self, correlation_id: str, record: Record) -> None:
+        """Hand a reply to the one who waits for it, or keep it for a while."""
+        arrival = Arrival(correlation_id, record)
+        if self._hand_over(arrival):
+            self._metrics.count("replies_received")
+        elif self._has_ended(correlation_id):
+            self._metrics.count("replies_late")
+        else:
+            self._park(arrival)
+
+    def fail(self, correlation_id: str, error: DeliveryError) -> bool:
+        """Tell the one who waits for this id that nothing will come; returns whether anybody did."""
+        for slot in self._slots.get(correlation_id, ()):
+            if not slot.done():
+                slot.set_exception(error)
+                return True
+        if self._closed is None and not self._has_ended(correlation_id):
+            self._park(Arrival(correlation_id, error))
+        return False
+
+    def _hand_over(self, arrival: Arrival) -> bool:
+        for slot in self._slots.get(arrival.correlation_id, ()):
+            if not slot.done():
+                arrival.taken = True
+                slot.set_result(arrival)
+                return True
+        return False
+
+    def _give_back(self, arrival: Arrival) -> None:
+        """Let the next one have what came at the moment its waiter was cancelled."""
+        if isinstance(arrival.content, EventObject):
+            self._add_event(arrival)
+        elif not self._hand_over(arrival):
+            self._metrics.count("replies_late")
+
+    def _park(self, arrival: Arrival) -> None:
+        loop = asyncio.get_running_loop()
+        arrival.expires = loop.time() + self._ttl
+        self._parked[arrival] = None
+        self._arrive(arrival)
+        if len(self._parked) > self._limit:
+            self._drop_oldest()
+        if self._expiry is None:
+            self._expiry = loop.call_at(arrival.expires, self._expire)
+
+    def _expire(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._expiry = None
+        while self._parked:
+            oldest = next(iter(self._parked))
+            if oldest.expires > loop.time():
+                self._expiry = loop.call_at(oldest.expires, self._expire)
+                return
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        self._metrics.count("replies_dropped")
+        self._move()  # or the queue of a broker that never polls would keep what is dropped here
+        self._forget(next(iter(self._parked)))
+
+    def _arrive(self, arrival: Arrival) -> None:
+        self._arrived.put_nowait(arrival)
+        self._news.set()
+
+    def _take(self, arrival: Arrival) -> Arrival:
+        arrival.taken = True
+        self._forget(arrival)
+        return arrival
+
+    def _forget(self, arrival: Arrival) -> None:
+        self._parked.pop(arrival, None)
+        if arrival in self._events:
+            del self._events[arrival]
+            self._room.set()
+        arrivals = self._stored.get(arrival.correlation_id)
+        if arrivals and arrival in arrivals:
+            arrivals.remove(arrival)
+            if not arrivals:
+                del self._stored[arrival.correlation_id]
+
+    def _remember(self, correlation_id: str) -> None:
+        """Know a late reply by its id for as long as some thousand further waits."""
+        if len(self._ended) >= _REMEMBERED:
+            self._ended_before, self._ended = self._ended, set()
+        self._ended.add(correlation_id)
+
+    def _has_ended(self, correlation_id: str) -> bool:
+        return correlation_id in self._ended or correlation_id in self._ended_before
+
+    def forget_events(self) -> None:
+        """Drop the events nobody took: their partitions moved, so another replica has them now."""
+        self._move()
+        for arrival in list(self._events):
+            self._forget(arrival)
+
+    def open(self) -> None:
+        """Begin to take arrivals and waits, in the running loop."""
+        self._begin()
+        self._closed = None
+
+    def close(self, why: str) -> None:
+        """End every wait in `BrokerClosedError`; untaken events go back to Kafka."""
+        self._closed = why
+        for slots in self._slots.values():
+            for slot in slots:
+                if not slot.done():
+                    slot.set_exception(BrokerClosedError(why))
+        self._news.set()
+        self.forget_events()
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+
+def _read(arrival: Arrival) -> EventObject[Any]:
+    event = arrival.open()
+    if (error := _wire.error_of(event)) is not None:
+        raise error
+    return event

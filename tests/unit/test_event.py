@@ -1,0 +1,80 @@
+"""The event that users make and get."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from kafka_broker._event import EventObject, Hop
+
+
+class Charge(BaseModel):
+    amount: int
+
+
+def test_a_uuid_is_taken_as_its_text() -> None:
+    """Whoever has a UUID does not have to convert it."""
+    given = uuid.uuid4()
+    assert str(given) == EventObject(correlation_id=given, event="a").correlation_id
+
+
+def test_every_event_has_an_id_of_its_own() -> None:
+    """Without a given id it is a new UUID."""
+    ids = {EventObject(event="a").correlation_id for _ in range(100)}
+    assert 100 == len(ids)
+    assert ids == {str(uuid.UUID(one)) for one in ids}
+
+
+def test_a_new_event_is_pending_and_has_made_no_hop() -> None:
+    """Nothing but the name is needed."""
+    event = EventObject(event="card.charge")
+    assert ("card.charge", None, "pending", []) == (
+        event.event,
+        event.data,
+        event.status,
+        event.audit_log,
+    )
+    assert event._request is None
+
+
+def test_an_event_needs_a_name() -> None:
+    """Without one no module can route it."""
+    with pytest.raises(ValidationError):
+        EventObject.model_validate({"data": 1})
+
+
+def test_an_event_of_a_model_has_that_model_as_data() -> None:
+    """`EventObject[Model]` validates its data."""
+    event = EventObject[Charge].model_validate({"event": "a", "data": {"amount": "3"}})
+    assert Charge(amount=3) == event.data
+
+
+def test_an_event_of_a_model_refuses_other_data_without_quoting_it() -> None:
+    """The error says what was expected and not what came."""
+    with pytest.raises(ValidationError) as caught:
+        EventObject[Charge].model_validate({"event": "a", "data": {"amount": "hunter2"}})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_fields_of_an_event_can_be_set() -> None:
+    """A handler may turn the event that it got into its answer, as with kafka-broker 0.4."""
+    event = EventObject(event="a", data={"x": 1})
+    event.data = {"y": 2}
+    event.event = "respond"
+    assert ("respond", {"y": 2}) == (event.event, event.data)
+
+
+def test_what_an_event_remembers_privately_is_not_shown() -> None:
+    """The reply address is neither in the dump nor in the repr."""
+    event = EventObject(event="a")
+    assert ["correlation_id", "event", "data", "status", "audit_log"] == list(event.model_dump())
+    assert "_request" not in repr(event)
+
+
+def test_two_events_share_no_audit_log() -> None:
+    """Each has a list of its own."""
+    first, second = EventObject(event="a"), EventObject(event="a")
+    first.audit_log.append(Hop(location="Shop"))
+    assert [] == second.audit_log
