@@ -11,24 +11,25 @@ import sys
 import time
 import tracemalloc
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import ours
 import raw
-from job import DATA, TIMEOUT, Job, cpu_seconds, resident_bytes
-
-from kafka_broker import BrokerManager, EventObject
+from job import DATA, TIMEOUT, Job
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from kafka_broker import BrokerManager
+
 SYSTEMS: dict[str, Any] = {"ours": ours, "raw": raw}  # FastStream's place is here
-_OUTSTANDING, _BURST = 10_000, 500
+_UNDER_WAY, _BURST = 10_000, 500
 
 
 async def answer(job: Job) -> dict[str, float]:
-    """Echo until the standard input ends, which it also does when the parent dies."""
+    """Echo until the standard input ends, as it does when the parent dies."""
     async with SYSTEMS[job.system].answering(job):
         await asyncio.to_thread(sys.stdin.read)
     return {}
@@ -38,16 +39,15 @@ async def ask(job: Job) -> dict[str, float]:
     """Measure requests, for each number of them in flight."""
     result: dict[str, float] = {}
     async with SYSTEMS[job.system].asking(job) as request:
-        reply = await request()  # the first one waits for the other side
-        assert reply.data == DATA  # noqa: S101  # an echo
+        assert (await request()).data == DATA  # noqa: S101  # an echo; waits for the other side
         for number in job.in_flight:
-            load = await _load(request, number, job)
-            result |= {f"{name}@{number}": value for name, value in load.items()}
+            result |= await _load(request, number, job)
     return result
 
 
 async def _load(request: Callable[[], Awaitable[Any]], number: int, job: Job) -> dict[str, float]:
-    begin = time.perf_counter() + job.seconds / 4  # to warm up
+    """Keep *number* requests in flight; the first quarter warms up."""
+    begin = time.perf_counter() + job.seconds / 4
     end = begin + job.seconds
     took: list[float] = []
 
@@ -57,39 +57,38 @@ async def _load(request: Callable[[], Awaitable[Any]], number: int, job: Job) ->
             if begin <= (now := time.perf_counter()) <= end:
                 took.append(now - sent)
 
-    async def cpu() -> tuple[float, float]:
+    async def cpu(pid: int) -> float:
         await asyncio.sleep(begin - time.perf_counter())
-        before = cpu_seconds(os.getpid()), cpu_seconds(job.pid)
+        before = cpu_seconds(pid)
         await asyncio.sleep(end - time.perf_counter())
-        return cpu_seconds(os.getpid()) - before[0], cpu_seconds(job.pid) - before[1]
+        return (cpu_seconds(pid) - before) / max(len(took), 1) * 1e6
 
-    (asking, answering), *_ = await asyncio.gather(cpu(), *(client() for _ in range(number)))
-    return {
-        "rate": len(took) / job.seconds,
-        "p50": statistics.median(took) * 1e3,
-        "cpu asking": asking / len(took) * 1e6,
-        "cpu answering": answering / len(took) * 1e6,
-    }
+    clients = (client() for _ in range(number))
+    asking, answering, *_ = await asyncio.gather(cpu(os.getpid()), cpu(job.pid), *clients)
+    measured = {"rate": len(took) / job.seconds, "p50": statistics.median(took) * 1e3}
+    measured |= {"cpu asking": asking, "cpu answering": answering}
+    return {f"{name}@{number}": value for name, value in measured.items()}
 
 
 async def produce(job: Job) -> dict[str, float]:
-    """Measure how many events are acknowledged, with a bounded number under way."""
-    counted = 0
-    under_way: deque[Awaitable[Any]] = deque()
-    async with SYSTEMS[job.system].producing(job) as burst, asyncio.timeout(job.seconds + TIMEOUT):
-        begin = time.perf_counter() + job.seconds / 4
-        cpu: float | None = None
-        while (now := time.perf_counter()) < begin + job.seconds:
-            if now >= begin and cpu is None:
-                begin, cpu = now, time.process_time()
+    """Measure how many events are acknowledged: from one loop, and from many coroutines."""
+    count, under_way = 0, deque[Any]()
+    async with SYSTEMS[job.system].producing(job) as burst:
+        start, begin, cpu = time.perf_counter(), 0.0, 0.0
+        while (now := time.perf_counter()) < start + job.seconds * 1.25:
+            if not begin and now > start + job.seconds / 4:
+                count, begin, cpu = 0, now, time.process_time()
             under_way.append(await burst(_BURST))
-            if len(under_way) * _BURST >= _OUTSTANDING:
-                await under_way.popleft()
-                counted += _BURST if cpu is not None else 0
-        seconds, used = now - begin, time.process_time() - (cpu or 0)
-        while under_way:
-            await under_way.popleft()
-    return {"rate": counted / seconds, "cpu": used / max(counted, 1) * 1e6}
+            if len(under_way) * _BURST >= _UNDER_WAY:
+                await asyncio.wait_for(under_way.popleft(), TIMEOUT)
+                count += _BURST
+        result = {"rate": count / (now - begin), "cpu": (time.process_time() - cpu) / count * 1e6}
+        await asyncio.wait_for(under_way.pop(), TIMEOUT)
+
+        async def acknowledged() -> None:
+            await (await burst(1))
+
+        return result | await _load(acknowledged, 1000, job)
 
 
 async def load(job: Job) -> dict[str, float]:
@@ -114,75 +113,84 @@ async def memory(job: Job) -> dict[str, float]:
     if job.traced:
         tracemalloc.start()
     async with SYSTEMS[job.system].waiting(job) as wait:
-        gc.collect()
         before = _allocated(job)
         tasks = [asyncio.ensure_future(wait(each)) for each in ids]
         await asyncio.sleep(0)
-        gc.collect()
         used = _allocated(job) - before
-        assert not any(task.done() for task in tasks)  # noqa: S101  # they wait
         for task in tasks:
-            task.cancel()
+            assert task.cancel()  # noqa: S101  # it was waiting
         await asyncio.wait(tasks, timeout=TIMEOUT)
     tracemalloc.stop()
     return {"traced" if job.traced else "resident": used / job.count}
 
 
 def _allocated(job: Job) -> float:
+    gc.collect()
     return tracemalloc.get_traced_memory()[0] if job.traced else resident_bytes(os.getpid())
 
 
 async def lookup(job: Job) -> dict[str, float]:
-    """Measure finding the handler of an event, among so many."""
-    router, names = ours.binder(job.count)
+    """Measure finding the handler of an event among so many; the least of thirty tries."""
+    router, names = ours.routes(job.count)
     asked = random.Random(1).choices(names, k=1000)  # noqa: S311  # the same in every run
-    best = float("inf")
+    tries = []
     for _ in range(30):
         begin = time.perf_counter()
         for name in asked:
             router.match(name)
-        best = min(best, time.perf_counter() - begin)
-    return {"nanoseconds": best / len(asked) * 1e9}
+        tries.append(time.perf_counter() - begin)
+    return {"nanoseconds": min(tries) / len(asked) * 1e9}
 
 
 async def soak(job: Job) -> dict[str, float]:
     """Keep requests in flight; measure memory meanwhile, and what is left afterwards."""
     result: dict[str, float] = {}
-    broker = BrokerManager(f"{job.name}-ask", bootstrap_servers=job.servers, reply_partitions=1)
-    async with broker:
-        await broker.request(job.name, "echo", DATA, timeout=TIMEOUT)
-        before = _left(broker)
-        begin, count = time.perf_counter(), 0
+    async with ours.broker(job, "-ask") as broker:
 
-        async def client() -> None:
-            nonlocal count
-            while time.perf_counter() < begin + job.seconds:
-                await broker.request(job.name, "echo", DATA, timeout=TIMEOUT)
-                count += 1
+        async def request() -> None:
+            await broker.request(job.name, "echo", DATA, timeout=TIMEOUT)
 
-        clients = [asyncio.create_task(client()) for _ in range(job.in_flight[0])]
+        await request()
+        before = await _left(broker)
+        begin = time.perf_counter()
+        running = asyncio.create_task(_load(request, job.in_flight[0], job))
         for third in (1, 2, 3):
             await asyncio.sleep(begin + job.seconds * third / 3 - time.perf_counter())
-            at = f"at {job.seconds * third / 3:.3g} s, MB"
-            result[f"asking {at}"] = resident_bytes(os.getpid()) / 1e6
-            result[f"answering {at}"] = resident_bytes(job.pid) / 1e6
-        await asyncio.wait_for(asyncio.gather(*clients), TIMEOUT)
-        clients.clear()
-        await asyncio.sleep(0.1)
-        result["requests"] = count
-        for name, number in _left(broker).items():
-            result[f"{name} left"] = number - before[name]
-    return result
+            for side, pid in (("asking", os.getpid()), ("answering", job.pid)):
+                result[f"{side} MB, {third}/3"] = resident_bytes(pid) / 1e6
+        load = await asyncio.wait_for(running, job.seconds + TIMEOUT)
+        result["requests/s"] = load[f"rate@{job.in_flight[0]}"]
+        after = await _left(broker)
+    return result | {f"{name} left": after[name] - before[name] for name in after}
 
 
-def _left(broker: BrokerManager) -> dict[str, int]:
+async def _left(broker: BrokerManager) -> dict[str, int]:
+    """Count what waits; the least of a second, because the client has tasks that come and go."""
     loop: Any = asyncio.get_running_loop()
     storage = broker.consumer_storage
-    return {
-        "slots": len(storage._slots) + len(storage),  # noqa: SLF001  # users cannot see them
-        "tasks": len(asyncio.all_tasks()),
-        "timers": len([timer for timer in loop._scheduled if not timer.cancelled()]),  # noqa: SLF001
-    }
+    counts = []
+    for _ in range(10):
+        await asyncio.sleep(0.1)
+        timers = sum(not timer.cancelled() for timer in loop._scheduled)  # noqa: SLF001  # no other way
+        counts.append((len(storage._slots) + len(storage), len(asyncio.all_tasks()), timers))  # noqa: SLF001
+    return dict(zip(("slots", "tasks", "timers"), map(min, *counts), strict=True))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return what a process has used so far; not a number where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_bytes(pid: int) -> float:
+    """Return the memory of a process; not a number where there is no /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return float("nan")
 
 
 JOBS = {job.__name__: job for job in (answer, ask, produce, load, consume, memory, lookup, soak)}

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 
-def _broker(job: Job, module: str, router: EventRouter | None = None) -> BrokerManager:
+def broker(job: Job, role: str = "", router: EventRouter | None = None) -> BrokerManager:
+    """Return the broker of a module that is named after the job."""
     return BrokerManager(
-        module,
+        job.name + role,
         router=router,
         bootstrap_servers=job.servers,
         group_id=job.group,
@@ -27,8 +28,8 @@ def _broker(job: Job, module: str, router: EventRouter | None = None) -> BrokerM
 
 
 async def create_topics(job: Job) -> None:
-    """Create the topics of a module, which peers use too."""
-    async with _broker(job, job.name):
+    """Create the topics of a module, which the peer uses too."""
+    async with broker(job):
         pass
 
 
@@ -41,42 +42,41 @@ async def answering(job: Job) -> AsyncIterator[None]:
     async def echo(event: EventObject) -> Any:
         return event.data
 
-    async with _broker(job, job.name, router):
+    async with broker(job, router=router):
         yield
 
 
 @asynccontextmanager
 async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
     """Yield a function that sends one request and returns its reply."""
-    async with _broker(job, f"{job.name}-ask") as broker:
-        yield partial(broker.request, job.name, "echo", DATA, timeout=TIMEOUT)
+    async with broker(job, "-ask") as asker:
+        yield partial(asker.request, job.name, "echo", DATA, timeout=TIMEOUT)
 
 
 @asynccontextmanager
 async def producing(job: Job) -> AsyncIterator[Callable[[int], Awaitable[Awaitable[Any]]]]:
-    """Yield a function that produces events and returns the delivery of the last."""
-    async with _broker(job, f"{job.name}-produce") as broker:
+    """Yield a function that produces some events and returns the delivery of the last."""
+    async with broker(job, "-produce") as producer:
 
         async def produce(count: int) -> Awaitable[Any]:
             for _ in range(count - 1):
-                broker.produce(job.name, EventObject(event="text", data=DATA))
-            return broker.produce(job.name, EventObject(event="text", data=DATA))
+                producer.produce(job.name, EventObject(event="text", data=DATA))
+            return producer.produce(job.name, EventObject(event="text", data=DATA))
 
         yield produce
 
 
 async def consume(job: Job) -> dict[str, float]:
     """Handle the events that are in the topic."""
-    tally, router, full = Tally(job.count), EventRouter(job.name), asyncio.Event()
+    tally, full, router = Tally(job.count), asyncio.Event(), EventRouter(job.name)
 
     @router.bind_event("text")
     async def text(event: EventObject[Text]) -> None:
-        assert event.data.text  # noqa: S101  # it was validated
-        tally.add()
-        if tally.full:
+        assert event.data.text  # noqa: S101  # it is a model
+        if tally.add():
             full.set()
 
-    async with _broker(job, job.name, router), asyncio.timeout(4 * TIMEOUT):
+    async with broker(job, router=router), asyncio.timeout(4 * TIMEOUT):
         await full.wait()
     return tally.result
 
@@ -84,20 +84,19 @@ async def consume(job: Job) -> dict[str, float]:
 @asynccontextmanager
 async def waiting(job: Job) -> AsyncIterator[Callable[[str], Awaitable[Any]]]:
     """Yield a function that waits for the event with an id."""
-    async with _broker(job, job.name) as broker:
-        yield broker.consumer_storage.consume
+    async with broker(job) as waiter:
+        yield waiter.consumer_storage.consume
 
 
-def binder(count: int) -> tuple[EventRouter, list[str]]:
-    """Return a router with *count* binds, and their names."""
-    groups = max(1, count // 100)
+def routes(count: int) -> tuple[EventRouter, list[str]]:
+    """Return a router with *count* binds, at most a hundred in each binder, and their names."""
     top, names = EventRouter("module"), []
-    for group in range(groups):
-        router = EventRouter(f"group{group}")
-        for number in range(count // groups):
-            router.bind_event(f"event{number}")(_ignore)
-            names.append(f"group{group}.event{number}")
-        top.include_binder(router)
+    for start in range(0, count, 100):
+        binder = EventRouter(f"group{start}")
+        for number in range(start, min(start + 100, count)):
+            binder.bind_event(f"event{number}")(_ignore)
+            names.append(f"group{start}.event{number}")
+        top.include_binder(binder)
     return top, names
 
 

@@ -179,7 +179,10 @@ async def in_memory(*, keep: bool) -> None:
     import payments  # noqa: PLC0415
 
     server = uvicorn.Server(uvicorn.Config(orders.app, log_level="warning"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # Named as TCP, asyncio sends without delay what comes through it.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         async with BrokerManager("Payments", router=payments.router):
             serving = asyncio.create_task(server.serve([listener]))

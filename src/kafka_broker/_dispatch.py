@@ -63,7 +63,8 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._interruptible = False
-        self._revoking = False
+        self._ours = asyncio.Event()
+        self._ours.set()
         self._stopping = False
 
     async def open(self) -> None:
@@ -87,6 +88,7 @@ class Dispatcher:
                     if not await self._step(record):
                         break
                 await self._commit_if_due()
+                await asyncio.sleep(0)  # neither a full buffer nor a handler need suspend
                 pause = _BACKOFF[0]
             except BrokerUnavailableError as exc:
                 _logger.warning("events cannot be read, trying again in %.1f s: %s", pause, exc)
@@ -116,6 +118,7 @@ class Dispatcher:
 
     async def _fetch(self, subscription: Subscription | None) -> Sequence[Record]:
         with self._interrupted_by_stop():
+            await self._ours.wait()
             return await subscription.fetch() if subscription else ()
         return ()
 
@@ -137,6 +140,8 @@ class Dispatcher:
 
     async def _step(self, record: Record) -> bool:
         """Handle one record; returns whether the next of its batch may be handled."""
+        if not self._ours.is_set():
+            return False
         epoch = self._epoch
         self._idle.clear()
         try:
@@ -145,7 +150,7 @@ class Dispatcher:
             self._idle.set()
         if epoch == self._epoch:
             self._waiting[record.partition].append((record.offset + 1, ending))
-        if self._revoking or epoch != self._epoch:
+        if not self._ours.is_set() or epoch != self._epoch:
             self._forget()
             return False
         return not self._stopping
@@ -156,7 +161,7 @@ class Dispatcher:
     async def _revoked(self, partitions: frozenset[int]) -> None:
         """End and commit what can be ended in time, then forget the partitions."""
         _logger.info("%s gives up partitions %s", self._settings.module, sorted(partitions))
-        self._revoking = True
+        self._ours.clear()
         self._forget()
         try:
             async with asyncio.timeout(self._settings.rebalance_timeout * 0.8):
@@ -166,8 +171,8 @@ class Dispatcher:
         except (TimeoutError, BrokerUnavailableError) as exc:
             _logger.warning("partitions move before their events ended: %r", exc)
         finally:
-            self._revoking = False
             self._new_epoch()
+            self._ours.set()
 
     async def _replies_delivered(self, timeout: float) -> None:
         endings = [ending for waiting in self._waiting.values() for _, ending in waiting]

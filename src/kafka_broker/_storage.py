@@ -252,6 +252,11 @@ class ConsumerStorage:
         """Return whether an event with this id is in the storage."""
         return str(correlation_id) in self._stored
 
+    @property
+    def waiting(self) -> int:
+        """How many waits are open."""
+        return sum(map(len, self._slots.values()))
+
     def waits_for(self, correlation_id: str) -> bool:
         """Return whether somebody waits for this id now."""
         return any(not slot.done() for slot in self._slots.get(correlation_id, ()))
@@ -358,7 +363,9 @@ class ConsumerStorage:
         self._ended.add(correlation_id)
 
     def _has_ended(self, correlation_id: str) -> bool:
-        return correlation_id in self._ended or correlation_id in self._ended_before
+        """Return whether the waits for an id that nobody waits for now are over, or just ending."""
+        known = (self._slots, self._ended, self._ended_before)
+        return any(correlation_id in ids for ids in known)
 
     def forget_events(self) -> None:
         """Drop the events nobody took: their partitions moved, so another replica has them now."""

@@ -21,13 +21,14 @@ from kafka_broker._native_kafka import (
     Report,
     to_stderr,
 )
+from kafka_broker._transport.memory import MemoryCluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from testcontainers.community.kafka import KafkaContainer
 
-__all__ = ["NativeKafka", "NoKafkaError", "kafka_server"]
+__all__ = ["MemoryCluster", "NativeKafka", "NoKafkaError", "kafka_server"]
 
 _VARIABLE = "KAFKA_BROKER_BOOTSTRAP_SERVERS"
 

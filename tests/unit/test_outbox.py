@@ -158,10 +158,22 @@ def living_deliveries() -> int:
     return sum(type(one) is Delivery for one in gc.get_objects())
 
 
-def lost(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what was logged of lost events."""
-    gc.collect()
-    return [one.getMessage() for one in caplog.records if one.levelno >= logging.ERROR]
+class Losses:
+    """What the log says of lost events, without those that other tests have left."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        gc.collect()
+        caplog.clear()
+        self._caplog = caplog
+
+    def logged(self) -> list[str]:
+        gc.collect()
+        return [one.getMessage() for one in self._caplog.records if one.levelno >= logging.ERROR]
+
+
+@pytest.fixture
+def losses(caplog: pytest.LogCaptureFixture) -> Losses:
+    return Losses(caplog)
 
 
 # Sending
@@ -728,7 +740,7 @@ async def test_an_event_that_is_of_no_use_any_more_is_not_sent(looptime: Any) ->
 
 
 @virtual
-async def test_an_unsent_event_can_be_withdrawn(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unsent_event_can_be_withdrawn(losses: Losses) -> None:
     """It is never sent, the reason why it was not is told, and nothing is logged."""
     kafka = FakeKafka(Bank=1)
     outbox = new_outbox(kafka)
@@ -749,7 +761,7 @@ async def test_an_unsent_event_can_be_withdrawn(caplog: pytest.LogCaptureFixture
     assert [b"1", b"3"] == kafka.values()
     assert [] == told
     del delivery, error
-    assert [] == lost(caplog)
+    assert [] == losses.logged()
 
 
 @virtual
@@ -938,25 +950,26 @@ async def fail(
     return deliveries
 
 
-async def test_a_failure_that_nobody_awaits_is_logged_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_a_failure_that_nobody_awaits_is_logged_once(losses: Losses) -> None:
     """Dropping a delivery is allowed, losing an event silently is not."""
     kafka = FakeKafka(Bank=1)
     await fail(kafka, new_outbox(kafka))
-    assert ["an event was lost: not delivered to topic 'Bank': too big"] == lost(caplog)
+    [line] = losses.logged()
+    assert "'Bank'" in line
+    assert "too big" in line
 
 
-async def test_a_failure_that_is_awaited_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_that_is_awaited_is_not_logged(losses: Losses) -> None:
     """Whoever got the exception knows."""
     kafka = FakeKafka(Bank=1)
     assert [None] != await ends(await fail(kafka, new_outbox(kafka)))
-    assert [] == lost(caplog)
+    assert [] == losses.logged()
 
 
 @pytest.mark.parametrize("known", [True, False])
 async def test_a_failure_that_somebody_else_got_to_know_is_not_logged(
-    known: bool, caplog: pytest.LogCaptureFixture  # noqa: FBT001
+    known: bool,  # noqa: FBT001
+    losses: Losses,
 ) -> None:
     """A waiting `consume()` is told instead; when none waited, it is logged."""
     told: list[DeliveryError] = []
@@ -967,17 +980,18 @@ async def test_a_failure_that_somebody_else_got_to_know_is_not_logged(
 
     kafka = FakeKafka(Bank=1)
     await fail(kafka, new_outbox(kafka), tell)
-    assert ["not delivered to topic 'Bank': too big"] == [str(error) for error in told]
-    assert (0 if known else 1) == len(lost(caplog))
+    [error] = told
+    assert "too big" in str(error)
+    assert (0 if known else 1) == len(losses.logged())
 
 
-async def test_success_is_told_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_success_is_told_to_nobody(losses: Losses) -> None:
     """Neither `on_failure` nor the log hear of it."""
     told: list[DeliveryError] = []
     outbox = new_outbox(FakeKafka(Bank=1, automatic=True))
     await ends(put(outbox, 1, on_failure=lambda error: not told.append(error)))
     assert [] == told
-    assert [] == lost(caplog)
+    assert [] == losses.logged()
 
 
 @virtual

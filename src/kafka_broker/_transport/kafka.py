@@ -98,6 +98,7 @@ class KafkaTransport:
     async def stop(self) -> None:
         """Close the producer; see `Transport.stop`."""
         producer, self._producer = self._producer, None
+        await asyncio.sleep(0)  # a task that is cancelled before its first step ends in no error of ours
         for send in self._sends:
             send.cancel()
         if self._sends:
@@ -172,6 +173,8 @@ class KafkaTransport:
     async def _append(self, topic: str, partition: int, records: Sequence[Outgoing]) -> Appended:
         try:
             producer = await self._healthy_producer()
+            if producer.client.cluster.partitions_for_topic(topic) is None:
+                await self._check_exists(topic, partition)
             batch = producer.create_batch()
             for key, value, headers in records:
                 batch.append(timestamp=None, key=key, value=value, headers=list(headers))
@@ -209,8 +212,17 @@ class KafkaTransport:
                 self._producer = await self._connect()
         return self._producer
 
+    async def _check_exists(self, topic: str, partition: int = 0) -> None:
+        """Refuse what aiokafka would wait for without a word."""
+        partitions = await self.partitions(topic)
+        if partition >= partitions:
+            what = f"has no partition {partition}" if partitions else "does not exist"
+            msg = f"topic {topic!r} {what}"
+            raise BrokerUnavailableError(msg)
+
     async def read(self, topic: str, partition: int, offset: int | None = None) -> KafkaReader:
         """Open a consumer without a group; see `Transport.read`."""
+        await self._check_exists(topic, partition)
         consumer = AIOKafkaConsumer(**consumer_options(self._settings, {}))
         place = TopicPartition(topic, partition)
         try:
@@ -232,6 +244,7 @@ class KafkaTransport:
         self, topic: str, *, on_assigned: OnAssigned, on_revoked: OnRevoked
     ) -> KafkaSubscription:
         """Join the group; see `Transport.subscribe`."""
+        await self._check_exists(topic)
         settings = self._settings
         group = {
             "group_id": settings.group_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("kafka_broker.transport")
 
 _POLL_MS: Final = 500
-_POLL_RECORDS: Final = 500
+_POLL_RECORDS: Final = 200
 _LOST_MEMBERSHIP: Final = (
     kafka.CommitFailedError,
     kafka.IllegalStateError,
@@ -103,6 +104,9 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         self._on_revoked = on_revoked
         self._assigned = asyncio.Event()
         self._epoch = 0
+        self._held: Sequence[Record] = ()
+        self._held_epoch = 0
+        self._closed = False
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Let records through; called by aiokafka."""
@@ -127,15 +131,24 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         aiokafka hands out records of an assignment before it tells of it: those wait here, and are
         dropped, to be read again, when it is over before they could be handed on.
         """
-        records = await super().fetch()
-        if self._assigned.is_set() or not records:
-            return records
-        epoch = self._epoch
-        await self._assigned.wait()
-        return records if self._epoch == epoch + 1 else ()
+        if not self._held:
+            self._held = await super().fetch()
+            self._held_epoch = self._epoch if self._assigned.is_set() else self._epoch + 1
+        if self._held and not self._assigned.is_set():
+            await self._wait_assigned()
+            return ()
+        records, self._held = self._held, ()
+        return records if self._epoch == self._held_epoch else ()
+
+    async def _wait_assigned(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_POLL_MS / 1000):
+                await self._assigned.wait()
 
     async def commit(self, offsets: Mapping[int, int]) -> bool:
         """Commit; see `Subscription.commit`."""
+        if self._closed or not offsets:
+            return not self._closed
         places = {TopicPartition(self._topic, number): at for number, at in offsets.items()}
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT):
@@ -147,3 +160,8 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             action = f"cannot commit offsets of topic {self._topic!r}"
             raise unavailable(action, exc) from exc
         return True
+
+    async def close(self) -> None:
+        """Leave the group; see `Subscription.close`."""
+        self._closed = True
+        await super().close()
