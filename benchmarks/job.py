@@ -21,19 +21,23 @@ class Text(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: *role* names a function of `jobs`, *pid* the process that answers."""
+    """One measurement of one system: *role* names a function of `jobs`, *name* a module of its own.
+
+    *pid* is the process that answers.
+    """
 
     role: str
     system: str
     servers: str
     name: str
-    group: str
     partitions: int
     seconds: float
-    in_flight: tuple[int, ...] = ()
-    count: int = 0
     pid: int = 0
-    traced: bool = False
+
+    @property
+    def smoke(self) -> bool:
+        """Whether to show only that everything works: small, and in one process."""
+        return self.servers.startswith("memory://")
 
 
 class Tally:

@@ -11,8 +11,9 @@ import sys
 import time
 import tracemalloc
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 import ours
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from kafka_broker import BrokerManager
 
 SYSTEMS: dict[str, Any] = {"ours": ours, "raw": raw}  # FastStream's place is here
+LEVELS: Final = (1, 100, 1000)
+BINDS: Final = {"ours": 10_000, "raw": 10}
 _UNDER_WAY, _BURST = 10_000, 500
 
 
@@ -35,12 +38,12 @@ async def answer(job: Job) -> dict[str, float]:
     return {}
 
 
-async def ask(job: Job) -> dict[str, float]:
+async def requests(job: Job) -> dict[str, float]:
     """Measure requests, for each number of them in flight."""
     result: dict[str, float] = {}
     async with SYSTEMS[job.system].asking(job) as request:
         assert (await request()).data == DATA  # noqa: S101  # an echo; waits for the other side
-        for number in job.in_flight:
+        for number in LEVELS:
             result |= await _load(request, number, job)
     return result
 
@@ -72,6 +75,7 @@ async def _load(request: Callable[[], Awaitable[Any]], number: int, job: Job) ->
 
 async def produce(job: Job) -> dict[str, float]:
     """Measure how many events are acknowledged: from one loop, and from many coroutines."""
+    await ours.create_topics(job)
     count, under_way = 0, deque[Any]()
     async with SYSTEMS[job.system].producing(job) as burst:
         start, begin, cpu = time.perf_counter(), 0.0, 0.0
@@ -91,47 +95,50 @@ async def produce(job: Job) -> dict[str, float]:
         return result | await _load(acknowledged, 1000, job)
 
 
-async def load(job: Job) -> dict[str, float]:
-    """Fill a topic for `consume`."""
-    async with ours.producing(job) as burst, asyncio.timeout(4 * TIMEOUT):
-        for _ in range(job.count // _BURST):
-            await (await burst(_BURST))
-    return {}
-
-
 async def consume(job: Job) -> dict[str, float]:
     """Measure how many events are handled, and check that they were committed."""
-    result: dict[str, float] = await SYSTEMS[job.system].consume(job)
-    if not job.servers.startswith("memory://"):
-        assert job.count == await raw.committed(job)  # noqa: S101  # else it was cheaper work
+    count = int(job.seconds * 10) * 1000
+    await ours.create_topics(job)
+    async with ours.producing(job) as burst, asyncio.timeout(4 * TIMEOUT):
+        for _ in range(count // _BURST):
+            await (await burst(_BURST))
+    result: dict[str, float] = await SYSTEMS[job.system].consume(job, count)
+    if not job.smoke:
+        assert count == await raw.committed(job)  # noqa: S101  # else it was cheaper work
     return result
 
 
 async def memory(job: Job) -> dict[str, float]:
     """Measure the memory of a pending wait, its task included."""
-    ids = [str(uuid4()) for _ in range(job.count)]
-    if job.traced:
-        tracemalloc.start()
-    async with SYSTEMS[job.system].waiting(job) as wait:
-        before = _allocated(job)
+    tracemalloc.start()
+    used = await _occupied(job, lambda: tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    return {"bytes": used}
+
+
+async def resident(job: Job) -> dict[str, float]:
+    """Measure the same as the system sees it; for itself, because tracing takes memory too."""
+    return {"bytes": await _occupied(job, lambda: resident_bytes(os.getpid()))}
+
+
+async def _occupied(job: Job, allocated: Callable[[], float]) -> float:
+    ids = [str(uuid4()) for _ in range(1000 if job.smoke else 100_000)]
+    async with SYSTEMS[job.system].waiting(replace(job, servers="memory://waits")) as wait:
+        gc.collect()
+        before = allocated()
         tasks = [asyncio.ensure_future(wait(each)) for each in ids]
         await asyncio.sleep(0)
-        used = _allocated(job) - before
+        gc.collect()
+        used = allocated() - before
         for task in tasks:
             assert task.cancel()  # noqa: S101  # it was waiting
         await asyncio.wait(tasks, timeout=TIMEOUT)
-    tracemalloc.stop()
-    return {"traced" if job.traced else "resident": used / job.count}
-
-
-def _allocated(job: Job) -> float:
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0] if job.traced else resident_bytes(os.getpid())
+    return used / len(ids)
 
 
 async def lookup(job: Job) -> dict[str, float]:
-    """Measure finding the handler of an event among so many; the least of thirty tries."""
-    router, names = ours.routes(job.count)
+    """Measure finding the handler of an event; the peer is ourselves with few binds."""
+    router, names = ours.routes(BINDS[job.system])
     asked = random.Random(1).choices(names, k=1000)  # noqa: S311  # the same in every run
     tries = []
     for _ in range(30):
@@ -144,35 +151,41 @@ async def lookup(job: Job) -> dict[str, float]:
 
 async def soak(job: Job) -> dict[str, float]:
     """Keep requests in flight; measure memory meanwhile, and what is left afterwards."""
+    job = job if job.smoke else replace(job, seconds=30.0)
     result: dict[str, float] = {}
     async with ours.broker(job, "-ask") as broker:
-
-        async def request() -> None:
-            await broker.request(job.name, "echo", DATA, timeout=TIMEOUT)
-
-        await request()
+        count = 0
+        await broker.request(job.name, "echo", DATA, timeout=TIMEOUT)
         before = await _left(broker)
         begin = time.perf_counter()
-        running = asyncio.create_task(_load(request, job.in_flight[0], job))
+
+        async def client() -> None:
+            nonlocal count
+            while time.perf_counter() < begin + job.seconds:
+                await broker.request(job.name, "echo", DATA, timeout=TIMEOUT)
+                count += 1
+
+        clients = [asyncio.create_task(client()) for _ in range(LEVELS[-1])]
         for third in (1, 2, 3):
             await asyncio.sleep(begin + job.seconds * third / 3 - time.perf_counter())
-            for side, pid in (("asking", os.getpid()), ("answering", job.pid)):
-                result[f"{side} MB, {third}/3"] = resident_bytes(pid) / 1e6
-        load = await asyncio.wait_for(running, job.seconds + TIMEOUT)
-        result["requests/s"] = load[f"rate@{job.in_flight[0]}"]
+            result[f"asking {third}/3"] = resident_bytes(os.getpid()) / 1e6
+            result[f"answering {third}/3"] = resident_bytes(job.pid) / 1e6
+        await asyncio.wait_for(asyncio.gather(*clients), TIMEOUT)
+        result["rate"] = count / job.seconds
         after = await _left(broker)
-    return result | {f"{name} left": after[name] - before[name] for name in after}
+    return result | {name: after[name] - before[name] for name in after}
 
 
 async def _left(broker: BrokerManager) -> dict[str, int]:
     """Count what waits; the least of a second, because the client has tasks that come and go."""
     loop: Any = asyncio.get_running_loop()
-    storage = broker.consumer_storage
+    storage: Any = broker.consumer_storage
     counts = []
     for _ in range(10):
         await asyncio.sleep(0.1)
         timers = sum(not timer.cancelled() for timer in loop._scheduled)  # noqa: SLF001  # no other way
-        counts.append((len(storage._slots) + len(storage), len(asyncio.all_tasks()), timers))  # noqa: SLF001
+        slots = len(storage._slots) + len(storage)  # noqa: SLF001  # the same
+        counts.append((slots, len(asyncio.all_tasks()), timers))
     return dict(zip(("slots", "tasks", "timers"), map(min, *counts), strict=True))
 
 
@@ -193,4 +206,7 @@ def resident_bytes(pid: int) -> float:
         return float("nan")
 
 
-JOBS = {job.__name__: job for job in (answer, ask, produce, load, consume, memory, lookup, soak)}
+JOBS = {
+    job.__name__: job
+    for job in (answer, requests, produce, consume, memory, resident, lookup, soak)
+}

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from job import DATA, TIMEOUT, Job, Tally, Text
-
 from kafka_broker import BrokerManager, EventObject, EventRouter
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ def broker(job: Job, role: str = "", router: EventRouter | None = None) -> Broke
         job.name + role,
         router=router,
         bootstrap_servers=job.servers,
-        group_id=job.group,
         module_partitions=job.partitions,
         reply_partitions=job.partitions,
     )
@@ -66,9 +64,9 @@ async def producing(job: Job) -> AsyncIterator[Callable[[int], Awaitable[Awaitab
         yield produce
 
 
-async def consume(job: Job) -> dict[str, float]:
+async def consume(job: Job, count: int) -> dict[str, float]:
     """Handle the events that are in the topic."""
-    tally, full, router = Tally(job.count), asyncio.Event(), EventRouter(job.name)
+    tally, full, router = Tally(count), asyncio.Event(), EventRouter(job.name)
 
     @router.bind_event("text")
     async def text(event: EventObject[Text]) -> None:

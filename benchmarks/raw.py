@@ -1,7 +1,7 @@
 """The same work on bare aiokafka, as fast as its public `send()` and `getmany()` allow.
 
-The envelope, ids, headers, deadlines, timeouts, guarantees (acks of all, idempotent) and batch sizes
-are the same. There is nothing else: no routing, retries, order, back-pressure or supervision. The
+The envelope, ids, headers, deadlines, timeouts, guarantees (idempotent, acknowledged by all) and
+batch sizes are the same. There is no routing, no retry, no back-pressure and no supervision. The
 caller chooses partitions, which saves aiokafka's slow hash of the key.
 """
 
@@ -16,9 +16,10 @@ from uuid import uuid4
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from job import DATA, TIMEOUT, Job, Tally, Text
 from pydantic import BaseModel
 from pydantic_core import to_json
+
+from job import DATA, TIMEOUT, Job, Tally, Text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -69,7 +70,7 @@ def _consumer(job: Job, *topics: str) -> Any:
     return AIOKafkaConsumer(
         *topics,
         bootstrap_servers=job.servers,
-        group_id=job.group if topics else None,
+        group_id=job.name if topics else None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         fetch_max_wait_ms=100,
@@ -165,9 +166,9 @@ async def producing(job: Job) -> AsyncIterator[Callable[[int], Awaitable[Awaitab
         yield produce
 
 
-async def consume(job: Job) -> dict[str, float]:
+async def consume(job: Job, count: int) -> dict[str, float]:
     """Handle the events that are in the topic."""
-    tally = Tally(job.count)
+    tally = Tally(count)
 
     async def text(event: Envelope[Text]) -> bool:
         assert event.data.text  # noqa: S101  # it is a model

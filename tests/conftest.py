@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def kafka() -> Iterator[str]:
     """Bootstrap servers of a real Kafka; without one a laptop skips and CI fails."""
     try:
-        with kafka_server(report=lambda line: print(line, file=sys.__stderr__)) as bootstrap_servers:
+        with kafka_server(
+            report=lambda line: print(line, file=sys.__stderr__)
+        ) as bootstrap_servers:
             yield bootstrap_servers
     except NoKafkaError as exc:
         if os.environ.get("CI"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
@@ -94,3 +94,14 @@ class EventObject(BaseModel, Generic[Data]):
 
     _request: Request | None = PrivateAttr(default=None)
 
+    if TYPE_CHECKING:  # the constructor takes what a validator turns into the field's type
+
+        def __init__(
+            self,
+            *,
+            event: str,
+            correlation_id: str | UUID = ...,
+            data: Data = ...,
+            status: str = ...,
+            audit_log: list[Hop] = ...,
+        ) -> None: ...

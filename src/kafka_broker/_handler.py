@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, get_args, get_origin
+from typing import get_type_hints as _get_type_hints
 
 import anyio.to_thread
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
-from pydantic_core import to_json
+from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import SchemaError, to_json
 
 from kafka_broker._event import EventObject
 from kafka_broker.errors import ConfigurationError, EventDecodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     import anyio
 
+    Source = Callable[[EventObject[Any]], Any]
+
+_EMPTY: Final = inspect.Parameter.empty
+_NAMED: Final = inspect.Parameter.KEYWORD_ONLY
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+_PROBLEMS: Final = 5
+_QUOTING: Final = frozenset(
+    {
+        "assertion_error",
+        "get_attribute_error",
+        "import_error",
+        "iteration_error",
+        "mapping_type",
+        "union_tag_invalid",
+        "uuid_parsing",
+        "value_error",
+    }
+)
+"""Pydantic's errors whose text quotes the input, or an exception that may."""
 
 
 class Payload:
@@ -31,15 +52,18 @@ class Payload:
     def __init__(self, wanted: Any) -> None:
         try:
             self._adapter: TypeAdapter[Any] = TypeAdapter(wanted)
-        except PydanticUserError as exc:
+            if not self._adapter.pydantic_complete:
+                self._adapter.rebuild(raise_errors=True)
+        except (PydanticUserError, PydanticUndefinedAnnotation, SchemaError) as exc:
             raise TypeError(str(exc)) from exc
-        self._name = getattr(wanted, "__name__", str(wanted))
+        self._name = _type_name(wanted)
 
     def of(self, event: EventObject[Any]) -> Any:
         """Return the data of *event* as the type.
 
         Raises:
-            EventDecodeError: it is something else; the text names the places, never the data.
+            EventDecodeError: it is something else; the text names the places, never the data. Of a
+                validator that raises ValueError it says only that; PydanticCustomError is quoted.
         """
         try:
             return self._adapter.validate_python(event.data)
@@ -50,16 +74,21 @@ class Payload:
         """Read the data as JSON again: strict models take dates, for example, only from JSON."""
         try:
             return self._adapter.validate_json(to_json(event.data))
+        except ValidationError as exc:
+            error = exc
         except ValueError:
-            raise EventDecodeError(self._sentence(event, error)) from None
+            pass  # the data has no form in JSON: the first error says what is wrong with it
+        raise EventDecodeError(self._sentence(event, error)) from None
 
     def _sentence(self, event: EventObject[Any], error: ValidationError) -> str:
         problems = error.errors(include_input=False, include_url=False, include_context=False)
-        places = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'data'}: {problem['msg']}"
-            for problem in problems[:5]
-        )
-        return f"the data of event {event.event!r} is no {self._name}: {places}"
+        places = [
+            f"{'.'.join(map(str, problem['loc'])) or 'data'}: {_reason(problem)}"
+            for problem in problems[:_PROBLEMS]
+        ]
+        if len(problems) > _PROBLEMS:
+            places.append(f"and {len(problems) - _PROBLEMS} more")
+        return f"the data of event {event.event!r} is no {self._name}: {'; '.join(places)}"
 
     def event_of(self, event: EventObject[Any]) -> EventObject[Any]:
         """Return *event* with its data as the type; everything else is shared with it."""
@@ -69,105 +98,208 @@ class Payload:
 class Handler:
     """A bound function: what it is called with, and where it runs.
 
-    A parameter gets the event when it is annotated `EventObject`, or when it is the first without
-    an annotation; ``EventObject[Model]`` gets the event with its data as ``Model``. Any other
-    annotation is the type of the payload, one at the most. Parameters with a default that are
-    neither keep their default. Plain functions run in a worker thread.
+    Parameters are given, in this order of rules:
+
+    - annotated ``EventObject``: the event; ``EventObject[Model]``: it, with its data as ``Model``;
+    - with a default: nothing, they keep it;
+    - the first without an annotation: the event, unless another is annotated as the event;
+    - any other, one at the most: the payload as the type it is annotated with.
+
+    Plain functions run in a worker thread.
 
     Raises:
-        ConfigurationError: a parameter that nothing can be given for; a generator.
+        ConfigurationError: a parameter that nothing can be given for, an annotation that cannot be
+            read, a generator, a class.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.name = getattr(function, "__qualname__", repr(function))
+        self.name = _function_name(function)
         if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
-            raise ConfigurationError(f"handler {self.name} is a generator; return the reply instead")
-        self._arguments = self._compile()
+            self._refuse("is a generator; return the reply instead")
+        if not callable(function) or inspect.isclass(function):
+            self._refuse("is no function; bind a function or a method")
         self._is_async = _is(inspect.iscoroutinefunction, function)
+        parameters = self._parameters()
+        sources = self._sources(parameters)
+        self._positional = _positional(parameters, sources)
+        self._named = {
+            parameter.name: sources[parameter.name]
+            for parameter in parameters
+            if parameter.kind is _NAMED and parameter.name in sources
+        }
 
-    def _compile(self) -> list[tuple[str | None, Callable[[EventObject[Any]], Any]]]:
-        """Return a source for each parameter, with its name if it is passed by name."""
-        hints = self._hints()
-        sources: dict[str, Callable[[EventObject[Any]], Any]] = {}
-        parameters = inspect.signature(self.function).parameters.values()
-        payload: str | None = None
+    def _parameters(self) -> list[inspect.Parameter]:
+        """Return the parameters that something may be given for, their annotations evaluated."""
+        try:
+            parameters = [
+                parameter
+                for parameter in inspect.signature(self.function).parameters.values()
+                if parameter.kind not in _VARIADIC and parameter.name not in _bound(self.function)
+            ]
+            hints = _hints(self.function, parameters)
+        except (NameError, AttributeError, SyntaxError) as exc:
+            raise ConfigurationError(
+                f"handler {self.name}: its annotations cannot be read ({exc}); define or import "
+                "what they name at the top of the module, outside of `if TYPE_CHECKING`"
+            ) from exc
+        except (TypeError, ValueError) as exc:
+            raise ConfigurationError(
+                f"handler {self.name}: its parameters cannot be read ({exc}); "
+                "bind a function of your own that calls it"
+            ) from exc
+        return [
+            parameter.replace(annotation=hints.get(parameter.name, _EMPTY))
+            for parameter in parameters
+        ]
+
+    def _sources(self, parameters: Sequence[inspect.Parameter]) -> dict[str, Source]:
+        """Return what gives each parameter its value; those without keep their default."""
+        sources: dict[str, Source] = {}
+        rest: list[inspect.Parameter] = []
         for parameter in parameters:
-            if parameter.kind in _VARIADIC:
-                continue
-            wanted = hints.get(parameter.name, inspect.Parameter.empty)
-            source = _event_source(wanted, first=not sources)
-            optional = parameter.default is not inspect.Parameter.empty
-            if source is None and not optional and payload is None:
-                payload = parameter.name
-                source = self._payload_source(parameter.name, wanted)
+            source = self._event_source(parameter)
             if source is not None:
                 sources[parameter.name] = source
-            elif not optional:
-                self._refuse(parameter.name, f"besides the payload {payload!r}" if payload else "")
-        by_name = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        return [(name if name in by_name else None, source) for name, source in sources.items()]
+            elif parameter.default is _EMPTY:
+                rest.append(parameter)
+        bare = next((parameter for parameter in rest if parameter.annotation is _EMPTY), None)
+        if bare is not None and not sources:
+            sources[bare.name] = _same
+            rest.remove(bare)
+        for parameter in rest[1:]:
+            self._refuse_parameter(parameter, f"comes after {rest[0].name!r}, the payload")
+        for parameter in rest:
+            sources[parameter.name] = self._payload_source(parameter)
+        return sources
 
-    def _hints(self) -> dict[str, Any]:
-        function: Any = self.function
-        while isinstance(function, partial):
-            function = function.func
-        if not inspect.isroutine(function):
-            function = type(function).__call__
+    def _event_source(self, parameter: inspect.Parameter) -> Source | None:
+        """Return what gives a parameter the event, or None if it wants something else."""
+        wanted = _plain(parameter.annotation)
+        if wanted is EventObject:
+            return _same
+        if not (isinstance(wanted, type) and issubclass(wanted, EventObject)):
+            return None
+        generic = wanted.__pydantic_generic_metadata__
+        if generic["origin"] is not EventObject:
+            self._refuse_parameter(
+                parameter, f"wants {wanted.__name__}, a subclass of EventObject,"
+            )
+        data = generic["args"][0]
+        return _same if data is Any else self._payload(parameter, data).event_of
+
+    def _payload_source(self, parameter: inspect.Parameter) -> Source:
+        if parameter.annotation is _EMPTY:
+            self._refuse_parameter(parameter, "has no annotation")
+        return self._payload(parameter, parameter.annotation).of
+
+    def _payload(self, parameter: inspect.Parameter, wanted: Any) -> Payload:
         try:
-            return get_type_hints(function, include_extras=True)
-        except NameError as exc:
+            return Payload(wanted)
+        except TypeError as exc:
             raise ConfigurationError(
-                f"handler {self.name}: its annotations name {exc.name!r}, which cannot be found; "
-                "define the type at the top of the module"
+                f"handler {self.name}, parameter {parameter.name!r}: {exc}"
             ) from exc
 
-    def _payload_source(self, name: str, wanted: Any) -> Callable[[EventObject[Any]], Any]:
-        if wanted is inspect.Parameter.empty:
-            self._refuse(name, "without an annotation")
-        try:
-            return Payload(wanted).of
-        except TypeError as exc:
-            raise ConfigurationError(f"handler {self.name}, parameter {name!r}: {exc}") from exc
-
-    def _refuse(self, name: str, what: str) -> NoReturn:
-        raise ConfigurationError(
-            f"handler {self.name} has a parameter {name!r} {what} that nothing can be given for; "
-            "a handler takes the event (EventObject) and its payload (any other type)"
+    def _refuse_parameter(self, parameter: inspect.Parameter, why: str) -> NoReturn:
+        self._refuse(
+            f"has a parameter {parameter.name!r} that {why} and that nothing can be given for; "
+            "annotate one with EventObject or EventObject[Model] for the event and at most one "
+            "other with the type of the payload, and give the rest a default"
         )
 
-    async def call(self, event: EventObject[Any], limiter: anyio.CapacityLimiter) -> Any:
+    def _refuse(self, why: str) -> NoReturn:
+        raise ConfigurationError(f"handler {self.name} {why}")
+
+    def call(self, event: EventObject[Any], limiter: anyio.CapacityLimiter) -> Awaitable[Any]:
         """Call the function for *event*; in one of the limiter's threads if it is a plain one.
 
+        A wait that is cancelled leaves a thread alone: it runs to its end, its result is dropped.
+
         Raises:
-            EventDecodeError: the data is not what the function asks for.
-            Exception: whatever the function raises.
+            EventDecodeError: at once: the data is not what the function asks for.
+            Exception: whatever the function raises, through the awaitable.
         """
-        positional = [source(event) for name, source in self._arguments if name is None]
-        named = {name: source(event) for name, source in self._arguments if name is not None}
+        positional = [source(event) for source in self._positional]
+        named = {name: source(event) for name, source in self._named.items()} if self._named else {}
         if self._is_async:
-            return await self.function(*positional, **named)
-        return await anyio.to_thread.run_sync(
-            partial(self.function, *positional, **named), limiter=limiter, abandon_on_cancel=True
-        )
+            awaitable: Awaitable[Any] = self.function(*positional, **named)
+            return awaitable
+        return _in_thread(partial(self.function, *positional, **named), limiter)
+
+
+async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
+    result = await anyio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
+    # A plain function around an async one gives a coroutine, which nobody else would await.
+    return await result if inspect.iscoroutine(result) else result
+
+
+def _reason(problem: Mapping[str, Any]) -> str:
+    kind: str = problem["type"]
+    return kind.replace("_", " ") if kind in _QUOTING else problem["msg"]
+
+
+def _bound(function: Any) -> set[str]:
+    """Return the names that a partial gives a value itself."""
+    names: set[str] = set()
+    while isinstance(function, partial):
+        names |= function.keywords.keys()
+        function = function.func
+    return names
+
+
+def _hints(function: Any, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
+    """Evaluate the annotations that are still text, where the function was written."""
+    annotated: Any = SimpleNamespace(
+        __annotations__={p.name: p.annotation for p in parameters if p.annotation is not _EMPTY}
+    )
+    home = inspect.unwrap(_innermost(function))
+    if not hasattr(home, "__globals__"):
+        home = inspect.unwrap(type(home).__call__)
+    names = getattr(home, "__globals__", {})
+    return _get_type_hints(annotated, globalns=names, include_extras=True)
+
+
+def _positional(
+    parameters: Sequence[inspect.Parameter], sources: Mapping[str, Source]
+) -> list[Source]:
+    """Return a source for each argument that is passed by its place, up to the last we give."""
+    places = [parameter for parameter in parameters if parameter.kind is not _NAMED]
+    while places and places[-1].name not in sources:
+        places.pop()
+    return [sources.get(place.name) or partial(_default, place.default) for place in places]
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def _is(kind: Callable[[Any], bool], function: Any) -> bool:
     """Return whether *function*, a partial of it or its ``__call__`` is of this kind."""
-    while isinstance(function, partial):
-        function = function.func
+    function = _innermost(function)
     return kind(function) or kind(getattr(function, "__call__", None))  # noqa: B004  # its kind
 
 
-def _event_source(wanted: Any, *, first: bool) -> Callable[[EventObject[Any]], Any] | None:
-    """Return what gives a parameter the event, or None if it wants something else."""
-    if wanted is EventObject or (wanted is inspect.Parameter.empty and first):
-        return _same
-    if isinstance(wanted, type) and issubclass(wanted, EventObject):
-        data = wanted.__pydantic_generic_metadata__["args"] or get_args(wanted)
-        return Payload(data[0]).event_of if data and data[0] is not Any else _same
-    return None
+def _function_name(function: Any) -> str:
+    function = _innermost(function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _type_name(wanted: Any) -> str:
+    wanted = _plain(wanted)
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
+
+
+def _plain(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _same(event: EventObject[Any]) -> EventObject[Any]:
     return event
+
+
+def _default(default: Any, _: EventObject[Any]) -> Any:
+    return default

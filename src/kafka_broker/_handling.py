@@ -82,13 +82,17 @@ class Handling:
 
     def _answer(self, event: EventObject[Any], result: object) -> Ending | None:
         request = event._request  # noqa: SLF001  # as above
-        if request is None or (result is None and (request.reply or not request.awaited)):
-            return request and request.reply
+        if request is None:
+            return None
+        if result is None and (request.reply is not None or not request.awaited):
+            return request.reply
         if isinstance(result, EventObject):
             result = result.data
         return self.reply(event, result)
 
-    def reply(self, event: EventObject[Any], data: object, *, status: str = "completed") -> Delivery:
+    def reply(
+        self, event: EventObject[Any], data: object, *, status: str = "completed"
+    ) -> Delivery:
         """Send the answer to *event*, which remembers it: it is answered once.
 
         Raises:
@@ -108,7 +112,7 @@ class Handling:
         return delivery
 
     def _fail(self, event: EventObject[Any], record: Record, error: Exception) -> Ending:
-        """Tell the one who waits; an event that nobody waits for is kept in the dead-letter topic."""
+        """Tell the one who waits; what nobody waits for is kept in the dead-letter topic."""
         where = f"{record.topic}:{record.partition}:{record.offset}"
         expected = isinstance(error, (NoHandlerError, EventDecodeError))
         _logger.error(

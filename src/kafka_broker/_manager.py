@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-
 from kafka_broker import _wire
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
 from kafka_broker._handler import Payload
@@ -22,7 +21,7 @@ from kafka_broker._transport import Outgoing
 from kafka_broker.errors import BrokerClosedError, ConfigurationError, ReplyTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
     from types import TracebackType
 
     from kafka_broker._router import EventRouter
@@ -129,12 +128,18 @@ class BrokerManager:
             status = COMPLETED if event.status == PENDING else event.status
             answer = _wire.reply_to(event, event.data, status=status)
             value = _wire.encode_reply(answer, request, self.settings.module)
-            headers, topic, partition = _wire.reply_headers(request), request.topic, request.partition
+            headers, topic, partition = (
+                _wire.reply_headers(request),
+                request.topic,
+                request.partition,
+            )
         else:
             value = _wire.encode(event, self.settings.module)
             headers, partition = _wire.forward_headers(request), None
         record = Outgoing(_bytes(key, event.correlation_id), value, headers)
-        delivery = self._open_outbox().put(topic, record, keyed=key is not None, partition=partition)
+        delivery = self._open_outbox().put(
+            topic, record, keyed=key is not None, partition=partition
+        )
         request.reply = delivery
         return delivery
 
@@ -244,7 +249,9 @@ class BrokerManager:
             if unsent is not None and isinstance(exc, ReplyTimeoutError):
                 raise unsent from exc
             raise
-        return reply if response is None else _payload(response).event_of(reply)
+        if response is None:
+            return reply
+        return _payload(response).event_of(reply)  # type: ignore[arg-type]  # types are hashable
 
     def init_consumer(self) -> Awaitable[None]:
         """Start in the running loop; the result can be awaited until the broker is ready.
@@ -363,7 +370,7 @@ class _Started:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, None]:
         yield from asyncio.wait({self._run.started}).__await__()
         self._run.started.result()
 

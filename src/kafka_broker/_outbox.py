@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 from kafka_broker._transport import Appended, Outgoing, Transport
 from kafka_broker.errors import (
     BrokerClosedError,
-    BrokerError,
     BrokerUnavailableError,
     DeliveryError,
     DeliveryUnknownError,
@@ -106,7 +105,9 @@ class Delivery:
             yield from self._outbox.wait_for(self).__await__()
         self._noticed = True
         if self._error is not None:
-            raise self._error.with_traceback(None)  # a batch shares it: else it grows with each raise
+            raise self._error.with_traceback(
+                None
+            )  # a batch shares it: else it grows with each raise
         return self
 
     def _end(self, error: DeliveryError | None) -> None:
@@ -233,7 +234,7 @@ class Outbox:
         """Whether it was opened or closed before: it serves one life of a broker."""
         return self._thread != 0 or self._closed is not None
 
-    def put(
+    def put(  # noqa: PLR0913  # what one event can ask for
         self,
         topic: str,
         record: Outgoing,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
@@ -12,27 +14,18 @@ from kafka_broker._handler import Handler
 from kafka_broker.errors import ConfigurationError, NoHandlerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
 
     from kafka_broker._event import EventObject
 
 _logger = logging.getLogger("kafka_broker.router")
 
 _THREADS: Final = 40
-_MAX_WORDS: Final = 64
+_MAX_WORDS: Final = 256
 _ONE, _ANY = "*", "#"
+_EXACT_RANK, _ONE_RANK, _END_RANK, _ANY_RANK = range(4)
 
 Function = TypeVar("Function", bound="Callable[..., Any]")
-
-
-class _Node:
-    """A place in the tree of wildcard patterns, one level for each word."""
-
-    __slots__ = ("handler", "next")
-
-    def __init__(self) -> None:
-        self.next: dict[str, _Node] = {}
-        self.handler: Handler | None = None
 
 
 class EventRouter:
@@ -63,6 +56,7 @@ class EventRouter:
 
         As in RabbitMQ's topic exchange ``*`` stands for one word and ``#`` for any number of words,
         none included; of several that match, the most specific wins, word by word from the left.
+        A name of more than 256 words is found by no pattern but ``#`` alone.
 
         Raises:
             ConfigurationError: the pattern is malformed or bound before, or the function has a
@@ -80,58 +74,60 @@ class EventRouter:
         """Mount *router* below its name; what is bound to it later is found, too.
 
         Raises:
-            ConfigurationError: a name would be bound twice, or a router would contain itself.
+            ConfigurationError: a name would be bound twice, *router* is included here already, or
+                a router would contain itself.
         """
-        if router is self or router in self._ancestors():
+        if any(router is place for place, _ in self._places()):
             raise ConfigurationError(f"router {router.name!r} cannot be included in itself")
+        if self in router._parents:
+            raise ConfigurationError(f"router {router.name!r} is in {self.name!r} already")
         binds = {**router._exact, **router._patterns}
         self._add({f"{router.name}.{pattern}": handler for pattern, handler in binds.items()})
         router._parents.append(self)
 
-    def _ancestors(self) -> Iterator[EventRouter]:
-        for parent in self._parents:
-            yield parent
-            yield from parent._ancestors()
+    def _places(self) -> list[tuple[EventRouter, str]]:
+        """Return this router and those above, each with what it puts before a name of ours."""
+        places: list[tuple[EventRouter, str]] = [(self, "")]
+        for router, prefix in places:  # grows as it is read
+            places += [(parent, f"{router.name}.{prefix}") for parent in router._parents]
+        return places
 
     def _add(self, binds: dict[str, Handler]) -> None:
         """Add binds here and in every router above, or nowhere."""
-        places = list(self._places(binds))
-        for router, named in places:
-            for pattern, handler in named.items():
-                taken = router._exact.get(pattern) or router._patterns.get(pattern)
+        added: defaultdict[EventRouter, dict[str, Handler]] = defaultdict(dict)
+        for router, prefix in self._places():
+            for pattern, handler in binds.items():
+                name = prefix + pattern
+                taken = router._bound_to(name) or added[router].get(name)
                 if taken is not None:
                     raise ConfigurationError(
-                        f"event {pattern!r} of router {router.name!r} is bound twice: "
+                        f"event {name!r} of router {router.name!r} is bound twice: "
                         f"to {taken.name} and to {handler.name}"
                     )
-        for router, named in places:
-            for pattern, handler in named.items():
-                router._insert(pattern, handler)
+                added[router][name] = handler
+        for router, named in added.items():
+            for name, handler in named.items():
+                router._insert(name, handler)
 
-    def _places(
-        self, binds: dict[str, Handler]
-    ) -> Iterator[tuple[EventRouter, dict[str, Handler]]]:
-        yield self, binds
-        for parent in self._parents:
-            yield from parent._places({f"{self.name}.{name}": bind for name, bind in binds.items()})
+    def _bound_to(self, pattern: str) -> Handler | None:
+        return self._exact.get(pattern) or self._patterns.get(pattern)
 
     def _insert(self, pattern: str, handler: Handler) -> None:
         words = pattern.split(".")
-        if _ONE not in words and _ANY not in words:
+        if _ONE in words or _ANY in words:
+            self._patterns[pattern] = handler
+            self._tree.insert(words, handler)
+        else:
             self._exact[pattern] = handler
-            return
-        self._patterns[pattern] = handler
-        node = self._tree
-        for word in words:
-            node = node.next.setdefault(word, _Node())
-        node.handler = handler
 
     def match(self, event: str) -> Handler | None:
         """Return the handler of the event of this name, or None."""
         handler = self._exact.get(event)
-        if handler is None and self._patterns and event.count(".") < _MAX_WORDS:
-            handler = _find(self._tree, event.split(".") if event else [], 0, set())
-        return handler
+        if handler is not None or not self._patterns:
+            return handler
+        if event.count(".") >= _MAX_WORDS:
+            return self._patterns.get(_ANY)
+        return self._tree.find(event.split(".") if event else [])
 
     def execute_event(self, event: EventObject[Any]) -> Execution:
         """Handle *event* in the running loop; the result may be awaited or dropped.
@@ -140,8 +136,8 @@ class EventRouter:
         does not cancel the handler.
 
         Returns:
-            An awaitable for what the handler returns. It raises what the handler raises; a failure
-            that nobody awaits is logged.
+            An awaitable for what the handler returns. It raises what the handler raises; the
+            failure of one that is dropped unawaited is logged.
 
         Raises:
             NoHandlerError: through the awaitable: nothing is bound to the event's name.
@@ -166,61 +162,95 @@ class EventRouter:
 
 
 class Execution:
-    """A handler that runs; await it for its result."""
+    """A handler that runs; await it for its result, as often as you like.
+
+    A failure is raised to those who await it. Only when none has and none can any more, because
+    the last reference is gone, is it logged.
+    """
 
     def __init__(self, task: asyncio.Task[Any], event: EventObject[Any]) -> None:
         self._task = task
-        self._name, self._correlation_id = event.event, event.correlation_id
-        self._waiters = 0
+        self._report = partial(_log_failure, event.event, event.correlation_id)
         self._told = False
-        task.add_done_callback(self._ended)
 
     def __await__(self) -> Generator[Any, None, Any]:
         """Wait for the handler; returns what it returns, raises what it raises."""
-        self._waiters += 1
-        try:
-            yield from asyncio.wait({self._task}).__await__()
-        finally:
-            self._waiters -= 1
+        yield from asyncio.wait({self._task}).__await__()
         self._told = True
         return self._task.result()
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        """Log the failure that nobody waits for, once nobody can any more."""
-        if not task.cancelled() and task.exception() is not None and not self._waiters:
-            task.get_loop().call_soon(self._log_unless_told, task)
-
-    def _log_unless_told(self, task: asyncio.Task[Any]) -> None:
-        if not self._told:
-            _logger.error(
-                "the handler of event %r (correlation id %s) failed",
-                self._name,
-                self._correlation_id,
-                exc_info=task.exception(),
-            )
+    def __del__(self) -> None:
+        """Leave a failure that nobody was told to the log."""
+        if self._told:
+            return
+        if self._task.done():
+            self._report(self._task)
+        else:
+            self._task.add_done_callback(self._report)
 
 
-def _find(node: _Node, words: list[str], at: int, failed: set[tuple[int, int]]) -> Handler | None:
-    """Return the most specific handler for the words from *at* on.
+def _log_failure(event: str, correlation_id: str, task: asyncio.Task[Any]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        _logger.error(
+            "the handler of event %r (correlation id %s) failed",
+            event,
+            correlation_id,
+            exc_info=error,
+        )
 
-    What has failed is remembered, so the work is bounded by words times nodes.
-    """
-    if (id(node), at) in failed:
-        return None
-    found = node.handler if at == len(words) else None
-    if found is None and at < len(words):
-        exact = node.next.get(words[at])
-        found = _find(exact, words, at + 1, failed) if exact else None
-        if found is None and (one := node.next.get(_ONE)):
-            found = _find(one, words, at + 1, failed)
-    if found is None and (any_number := node.next.get(_ANY)):
-        for end in range(at, len(words) + 1):
-            found = _find(any_number, words, end, failed)
-            if found is not None:
-                break
-    if found is None:
-        failed.add((id(node), at))
-    return found
+
+class _Node:
+    """A place in the tree of wildcard patterns, one level for each word."""
+
+    __slots__ = ("handler", "next", "rank", "stays")
+
+    def __init__(self, *, stays: bool = False) -> None:
+        self.next: dict[str, _Node] = {}
+        self.stays = stays
+        self.handler: Handler | None = None
+        self.rank: tuple[list[int], list[str]] = ([], [])
+
+    def insert(self, words: list[str], handler: Handler) -> None:
+        node = self
+        for word in words:
+            node = node.next.setdefault(word, _Node(stays=word == _ANY))
+        node.handler = handler
+        node.rank = ([*map(_rank, words), _END_RANK], words)
+
+    def find(self, words: list[str]) -> Handler | None:
+        """Return the handler of the most specific pattern that matches.
+
+        All patterns are followed at once, so the work is bounded by words times nodes.
+        """
+        nodes: set[_Node] = set()
+        _enter(self, nodes)
+        for word in words:
+            nodes = _step(nodes, word)
+        ends = [node for node in nodes if node.handler is not None]
+        return min(ends, key=lambda node: node.rank).handler if ends else None
+
+
+def _rank(word: str) -> int:
+    return {_ONE: _ONE_RANK, _ANY: _ANY_RANK}.get(word, _EXACT_RANK)
+
+
+def _step(nodes: set[_Node], word: str) -> set[_Node]:
+    """Return the nodes that are reached from these by one more word."""
+    reached: set[_Node] = set()
+    for node in nodes:
+        if node.stays:
+            reached.add(node)
+        _enter(node.next.get(word), reached)
+        _enter(node.next.get(_ONE), reached)
+    return reached
+
+
+def _enter(node: _Node | None, nodes: set[_Node]) -> None:
+    """Add a node, and those below it that need no further word."""
+    while node is not None:
+        nodes.add(node)
+        node = node.next.get(_ANY)
 
 
 def _check_words(name: str, *, wildcards: bool) -> None:

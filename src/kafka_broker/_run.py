@@ -13,7 +13,7 @@ from kafka_broker._dispatch import Dispatcher
 from kafka_broker._handling import Handling
 from kafka_broker._replies import ReplyInbox
 from kafka_broker._transport import TopicSpec
-from kafka_broker.errors import BrokerClosedError, BrokerError, BrokerUnavailableError
+from kafka_broker.errors import BrokerClosedError, BrokerUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -80,7 +80,9 @@ class Run:
         storage.open()
         self._stopping = asyncio.Event()
         self._workers: dict[str, asyncio.Task[None]] = {}
-        self._task = self.loop.create_task(self._supervise(), name=f"kafka_broker {settings.module}")
+        self._task = self.loop.create_task(
+            self._supervise(), name=f"kafka_broker {settings.module}"
+        )
 
     @property
     def over(self) -> bool:
@@ -128,7 +130,9 @@ class Run:
                 await asyncio.wait({doing})
         if doing.cancelled():
             if not self.started.done():
-                self.started.set_exception(BrokerClosedError("the broker was stopped as it started"))
+                self.started.set_exception(
+                    BrokerClosedError("the broker was stopped as it started")
+                )
             return False
         doing.result()
         return True
@@ -188,7 +192,9 @@ class Run:
         for topic in topics:
             if not await self.transport.partitions(topic.name):
                 command = topic.command(settings.bootstrap_servers)
-                msg = f"topic {topic.name!r} does not exist and create_topics is off; run: {command}"
+                msg = (
+                    f"topic {topic.name!r} does not exist and create_topics is off; run: {command}"
+                )
                 raise BrokerUnavailableError(msg)
 
     async def _disconnect(self) -> None:

@@ -35,7 +35,7 @@ class BrokerSettings(BaseSettings):
     module: str
     """The name of this service and of the topic that it reads."""
     bootstrap_servers: str = Field(default="localhost:9092", min_length=1)
-    """``host:port``, several separated by commas; ``memory://`` or ``memory://name`` needs no Kafka."""
+    """``host:port``, several with commas between; ``memory://`` or ``memory://name`` for none."""
     group_id: str = ""
     """The consumer group; the module's name unless given."""
     instance: str = Field(default_factory=_default_instance, min_length=1)
@@ -104,13 +104,13 @@ class BrokerSettings(BaseSettings):
             raise ValueError(msg)
         if not self.group_id:
             object.__setattr__(self, "group_id", self.module)
-        if self.security_protocol.startswith("SASL") and self.sasl_mechanism != "OAUTHBEARER":
-            if self.username is None or self.password is None:
-                msg = (
-                    f"{self.security_protocol} with {self.sasl_mechanism} needs username and password "
-                    "(KAFKA_BROKER_USERNAME, KAFKA_BROKER_PASSWORD)"
-                )
-                raise ValueError(msg)
+        by_password = "SASL" in self.security_protocol and self.sasl_mechanism != "OAUTHBEARER"
+        if by_password and (self.username is None or self.password is None):
+            msg = (
+                f"{self.security_protocol} with {self.sasl_mechanism} needs username and "
+                "password (KAFKA_BROKER_USERNAME, KAFKA_BROKER_PASSWORD)"
+            )
+            raise ValueError(msg)
         return self
 
     @property

@@ -222,7 +222,7 @@ class ConsumerStorage:
             try:
                 taken[key] = arrival.open()
             except BrokerError as exc:
-                _logger.error("what arrived as %s is no event: %s", key, exc)
+                _logger.error("what arrived as %s is no event: %s", key, exc)  # noqa: TRY400  # no payload
         if self._stored:
             self._news.set()
         return taken
@@ -287,7 +287,7 @@ class ConsumerStorage:
             self._park(arrival)
 
     def fail(self, correlation_id: str, error: DeliveryError) -> bool:
-        """Tell the one who waits for this id that nothing will come; returns whether anybody did."""
+        """Tell whoever waits for this id that nothing will come; returns whether anybody did."""
         for slot in self._slots.get(correlation_id, ()):
             if not slot.done():
                 slot.set_exception(error)

@@ -258,7 +258,9 @@ def problem(error: Exception, event: EventObject[Any], module: str) -> dict[str,
         status, code, detail = 422, "bad-data", str(error)
     else:
         status, code = 500, "handler-failed"
-        detail = f"{type(error).__name__} in the handler of {event.event!r}; see the log of {module}"
+        detail = (
+            f"{type(error).__name__} in the handler of {event.event!r}; see the log of {module}"
+        )
     return {
         "type": f"urn:kafka-broker:{code}",
         "title": code.replace("-", " "),

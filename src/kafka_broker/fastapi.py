@@ -21,8 +21,8 @@ def _running_broker(connection: HTTPConnection) -> BrokerManager:
     broker = getattr(connection.state, "broker", None)
     if not isinstance(broker, BrokerManager):
         msg = (
-            "this application has no running broker: pass FastAPI(lifespan=broker_manager.lifespan) "
-            "or call broker_manager.init_consumer_app(app), and run the application's lifespan"
+            "this application has no running broker: pass lifespan=broker_manager.lifespan to "
+            "FastAPI or call broker_manager.init_consumer_app(app), and run the app's lifespan"
         )
         raise BrokerClosedError(msg)
     return broker

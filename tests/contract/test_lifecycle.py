@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -282,7 +283,9 @@ async def test_one_broker_in_several_loops_one_after_another(broker: BrokerManag
         async with broker:
             event = EventObject(event="e", data=len(got))
             broker.produce(module, event)
-            got.append((await broker.consumer_storage.consume(event.correlation_id, timeout=20)).data)
+            got.append(
+                (await broker.consumer_storage.consume(event.correlation_id, timeout=20)).data
+            )
 
     for _ in range(3):
         await asyncio.to_thread(_run_in_thread, script)
@@ -364,7 +367,7 @@ async def test_a_missing_reply_topic_says_which_command_creates_it(
     broker = BrokerManager(
         module, bootstrap_servers=bootstrap_servers, create_topics=False, start_timeout=0.5
     )
-    with pytest.raises(BrokerUnavailableError, match="kafka-topics.sh .*--create --topic"):
+    with pytest.raises(BrokerUnavailableError, match=r"kafka-topics\.sh .*--create --topic"):
         await broker.init_consumer()
     await broker.stop()
 
@@ -373,13 +376,11 @@ async def test_lifespan_composes_with_the_applications_own(
     bootstrap_servers: str, module: str
 ) -> None:
     """init_consumer_app() keeps the lifespan that an application has, inside its own."""
-    from contextlib import asynccontextmanager
-
     broker = BrokerManager(module, bootstrap_servers=bootstrap_servers)
     seen = []
 
     @asynccontextmanager
-    async def own(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    async def own(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         seen.append(broker.ready)
         yield {"pool": 1}
         seen.append(broker.ready)

@@ -12,6 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from kafka_broker import BrokerManager, EventObject, EventRouter
+from kafka_broker._run import connect
+from kafka_broker._transport import Outgoing
 from kafka_broker.errors import (
     EventDecodeError,
     NoHandlerError,
@@ -112,7 +114,7 @@ async def test_a_failure_is_an_error_reply(
 ) -> None:
     """Whatever goes wrong at the handler reaches the caller at once, as a typed error."""
     broker, answering, router = pair
-    router.bind_event("charge")(lambda payload: None)
+    router.bind_event("charge")(lambda _: None)
 
     @router.bind_event("raises")
     def raises() -> None:
@@ -289,7 +291,7 @@ async def test_an_undecodable_record_goes_to_the_dead_letter_topic(pair: Pair) -
         for partition in range(await transport.partitions(module)):
             await transport.send(module, partition, [_record(b"\xff no json", b"\x00\x01")])
         assert "next" == (await broker.request(module, "next", timeout=10)).data
-        dead = []
+        dead: list[Any] = []
         while not dead:
             dead = list(await graves.fetch())
         await graves.close()
@@ -301,14 +303,10 @@ async def test_an_undecodable_record_goes_to_the_dead_letter_topic(pair: Pair) -
 
 
 def _record(value: bytes, header: bytes) -> Any:
-    from kafka_broker._transport import Outgoing
-
     return Outgoing(b"key", value, [("binary", header)])
 
 
 def _transport_of(broker: BrokerManager) -> Any:
-    from kafka_broker._run import connect
-
     return connect(broker.settings)
 
 

@@ -23,6 +23,7 @@ from kafka_broker.fastapi import Broker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+# ruff: noqa: E501  # the snippets stand here word for word
 SCRIPT = """
 async with BrokerManager("Orders", bootstrap_servers="localhost:9092") as broker:
     correlation_id = str(uuid.uuid4())
@@ -140,7 +141,8 @@ async def test_request_with_a_model(bootstrap_servers: str) -> None:
 
 
 @pytest.mark.parametrize("snippet", [FASTAPI, FASTAPI_AFTERWARDS])
-async def test_fastapi(environment: str, snippet: str) -> None:
+@pytest.mark.usefixtures("environment")
+async def test_fastapi(snippet: str) -> None:
     """(c) The default instance runs with the application, and a route gets it as a dependency."""
     seen = []
 
@@ -170,7 +172,8 @@ def _with_state(app: Any, state: dict[str, Any]) -> Any:
     return with_state
 
 
-async def test_routing(environment: str) -> None:
+@pytest.mark.usefixtures("environment")
+async def test_routing() -> None:
     """(d, e) A handler answers with produce() to the module that asked."""
     manager = BrokerManager("module")
     router = _define(ROUTING, broker_manager=manager, some_function=lambda: {"some": 1})

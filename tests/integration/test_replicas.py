@@ -61,7 +61,7 @@ async def _create(servers: str, topic: str, partitions: int) -> None:
 
 
 async def test_three_ask_and_three_answer(kafka: str) -> None:
-    """10,000 requests over 6 partitions: each reply where it is awaited, none lost, none doubled."""
+    """10,000 requests over 6 partitions: each reply where it is awaited, none lost or doubled."""
     name = uuid.uuid4().hex[:8]
     answering = f"answering-{name}"
     await _create(kafka, answering, 6)

@@ -151,6 +151,6 @@ async def test_topics_that_may_not_be_created(module: str) -> None:
         async with BrokerManager(module, bootstrap_servers=servers) as allowed:
             assert allowed.ready
         denied = BrokerManager(f"{module}.new", bootstrap_servers=servers, start_timeout=0.5)
-        with pytest.raises(BrokerUnavailableError, match="AuthorizationFailed.*--create --topic"):
+        with pytest.raises(BrokerUnavailableError, match=r"AuthorizationFailed.*--create --topic"):
             await denied.init_consumer()
         await denied.stop()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import subprocess
+import sys
 import threading
 import traceback
 from collections import Counter, defaultdict
@@ -1057,3 +1060,24 @@ async def test_many_topics_may_come_and_go() -> None:
         after = await produce_to(f"again{number}")
     assert after - before < 100
     assert 1 == len(asyncio.all_tasks())
+
+
+def test_what_nobody_ever_sent_is_told_at_the_end() -> None:
+    """A program that produces and never starts a broker hears of it, not of what had ended."""
+    program = """
+from kafka_broker._metrics import Metrics
+from kafka_broker._outbox import Outbox
+from kafka_broker._transport import Outgoing
+outbox = Outbox(delivery_timeout=1, max_events=9, max_bytes=999, metrics=Metrics())
+first, *_ = [outbox.put("Bank", Outgoing(b"k", b"hunter2", ())) for _ in range(3)]
+outbox.withdraw(first)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = "2 events were produced and never sent: no broker was started\n"
+    assert expected == done.stderr

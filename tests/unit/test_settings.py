@@ -206,7 +206,9 @@ def test_a_wrong_value_is_never_quoted(name: str, value: object) -> None:
     assert f"KAFKA_BROKER_{name.upper()}" in text
 
 
-@pytest.mark.parametrize("text", ["{", SECRET, f'["{SECRET}"]', f'{{"sasl_plain_password": {SECRET}}}'])
+@pytest.mark.parametrize(
+    "text", ["{", SECRET, f'["{SECRET}"]', f'{{"sasl_plain_password": {SECRET}}}']
+)
 def test_client_options_that_are_no_json_object_are_refused(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

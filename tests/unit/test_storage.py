@@ -59,13 +59,13 @@ class Storage(ConsumerStorage):
         return dict(self.metrics.counted)
 
     def reply(self, correlation_id: str, data: Any = None, *, status: str = "completed") -> None:
-        event = EventObject(correlation_id=correlation_id, event="respond", data=data, status=status)
+        event = EventObject(
+            correlation_id=correlation_id, event="respond", data=data, status=status
+        )
         self.put_reply(correlation_id, record(wire.encode(event, "Bank")))
 
     async def event(self, correlation_id: str, data: Any = None) -> Arrival:
-        return await self.offer(
-            EventObject(correlation_id=correlation_id, event="sale", data=data)
-        )
+        return await self.offer(EventObject(correlation_id=correlation_id, event="sale", data=data))
 
 
 def record(value: bytes | None) -> MemoryRecord:
@@ -298,7 +298,10 @@ async def test_a_wait_may_be_a_look(timeout: float, storage: Storage, looptime: 
 async def test_an_error_reply_raises(storage: Storage) -> None:
     """Whether it came before the call or after."""
     for before in (True, False):
-        for data, kind in (({"status": 409}, RemoteError), ({"code": "no-handler"}, NoHandlerError)):
+        for data, kind in (
+            ({"status": 409}, RemoteError),
+            ({"code": "no-handler"}, NoHandlerError),
+        ):
             correlation_id = f"{before} {kind}"
             if before:
                 storage.reply(correlation_id, data, status="error")

@@ -268,7 +268,10 @@ VALUES = (
 
 @given(value=VALUES, headers=HEADERS)
 @example(value=b"[" * 100_000, headers=[])
-@example(value=b'{"event":"a","correlation_id":"b","data":' + b"[" * 5000 + b"]" * 5000 + b"}", headers=[])
+@example(
+    value=b'{"event":"a","correlation_id":"b","data":' + b"[" * 5000 + b"]" * 5000 + b"}",
+    headers=[],
+)
 @example(value=b'{"a":' * 100_000, headers=[])
 @example(value=rb'{"event":"a","correlation_id":"\ud800","data":1}', headers=[])
 @example(value=rb'"\udfff"', headers=[])
@@ -276,7 +279,9 @@ VALUES = (
 @example(value=b'{"event":"a","correlation_id":' + b"1" * 100_000 + b"}", headers=[])
 @example(value=b'{"event":"a","status":1,"correlation_id":' + b"1" * 4300 + b"}", headers=[])
 @example(value=b'{"event":"a","status":1,"correlation_id":-' + b"1" * 4299 + b"}", headers=[])
-@example(value=b'{"event":"a","correlation_id":1e999,"audit_log":[{"time_sent":1e999}]}', headers=[])
+@example(
+    value=b'{"event":"a","correlation_id":1e999,"audit_log":[{"time_sent":1e999}]}', headers=[]
+)
 @example(value=b"NaN", headers=[(wire.DEADLINE, b"9" * 100_000), (wire.REPLY_TOPIC, b"\xff")])
 @example(value=b"", headers=[(wire.REPLY_PARTITION, b"9" * 100_000), (wire.REPLY_TOPIC, b"t")])
 @example(value=b"\xef\xbb\xbf{}", headers=[])
@@ -493,7 +498,10 @@ def test_a_deadline_is_milliseconds_in_digits(raw: bytes | None, seconds: float 
     [
         (b"c-1", "c-1"),
         ("ü".encode(), "ü"),
-        (uuid.UUID("8e6786f1-891e-4ae9-8f8f-2d294c0adb4f").bytes, "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f"),
+        (
+            uuid.UUID("8e6786f1-891e-4ae9-8f8f-2d294c0adb4f").bytes,
+            "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f",
+        ),
         (b"\xff\x00\x01", "ff0001"),
         (b"\xff" * 17, "ff" * 17),
     ],
@@ -652,7 +660,9 @@ def test_a_problem_is_rfc_9457() -> None:
 
 def test_data_that_does_not_fit_is_the_requesters_problem() -> None:
     """The text of an `EventDecodeError` is ours and travels."""
-    problem = wire.problem(EventDecodeError("amount is missing"), EventObject(event="a"), "Payments")
+    problem = wire.problem(
+        EventDecodeError("amount is missing"), EventObject(event="a"), "Payments"
+    )
     assert (422, "bad-data", "amount is missing") == (
         problem["status"],
         problem["code"],
@@ -679,7 +689,9 @@ def test_an_error_reply_is_a_remote_error() -> None:
     error = failed(ZeroDivisionError(SECRET))
     assert isinstance(error, RemoteError)
     assert ("c-1", 500, "handler-failed") == (error.correlation_id, error.status, error.code)
-    assert "ZeroDivisionError in the handler of 'card.charge'; see the log of Payments" == error.detail
+    assert (
+        "ZeroDivisionError in the handler of 'card.charge'; see the log of Payments" == error.detail
+    )
 
 
 def test_an_error_reply_may_be_a_missing_handler() -> None:
@@ -692,11 +704,14 @@ def test_an_error_reply_may_be_a_missing_handler() -> None:
 def test_a_reply_that_is_no_error_is_none() -> None:
     """Only the status tells; the data may look as it likes."""
     for status in ("completed", "pending", "success", ""):
-        assert wire.error_of(EventObject(event="respond", status=status, data={"status": 500})) is None
+        assert (
+            wire.error_of(EventObject(event="respond", status=status, data={"status": 500})) is None
+        )
 
 
 @pytest.mark.parametrize(
-    "data", [None, "boom", [], {}, {"status": "x"}, {"status": None}, {"status": 200}, {"status": 7}]
+    "data",
+    [None, "boom", [], {}, {"status": "x"}, {"status": None}, {"status": 200}, {"status": 7}],
 )
 def test_an_error_reply_without_a_problem_is_a_remote_error_500(data: Any) -> None:
     """Peers that know no RFC 9457 have failed all the same, with a status that HTTP has for it."""
@@ -800,8 +815,6 @@ def test_an_error_reply_keeps_the_rules_of_0_4() -> None:
     event = wire.decode(Arrived(CAPTURED_REQUEST))
     assert event._request is not None
     problem = wire.problem(ValueError(SECRET), event, "Shop")
-    value = wire.encode_reply(
-        wire.reply_to(event, problem, status="error"), event._request, "Shop"
-    )
+    value = wire.encode_reply(wire.reply_to(event, problem, status="error"), event._request, "Shop")
     envelope = rules_kept(value, status="error", first="io.org.230123", last="Shop")
     assert isinstance(envelope["data"], dict)

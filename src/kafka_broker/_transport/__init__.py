@@ -87,7 +87,7 @@ class Reader(Protocol):
 
 
 class Subscription(Protocol):
-    """A member of a consumer group on one topic; starts at the committed offset, else the earliest."""
+    """A group member on one topic; begins at the committed offset, else the earliest."""
 
     async def fetch(self) -> Sequence[Record]:
         """As `Reader.fetch`, over all partitions assigned now; offset order within each."""

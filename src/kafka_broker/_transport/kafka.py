@@ -98,7 +98,7 @@ class KafkaTransport:
     async def stop(self) -> None:
         """Close the producer; see `Transport.stop`."""
         producer, self._producer = self._producer, None
-        await asyncio.sleep(0)  # a task that is cancelled before its first step ends in no error of ours
+        await asyncio.sleep(0)  # cancelled before its first step, a task cannot say how it ended
         for send in self._sends:
             send.cancel()
         if self._sends:
@@ -135,7 +135,8 @@ class KafkaTransport:
                     answer = await admin.create_topics([_new_topic(spec) for spec in missing])
         finally:
             await close(admin, admin.close())
-        self._check_created(missing, {name: (code, text) for name, code, text in answer.topic_errors})
+        answers = {name: (code, text) for name, code, text in answer.topic_errors}
+        self._check_created(missing, answers)
         for spec in missing:
             await self._until_known(spec.name)
 
@@ -158,7 +159,7 @@ class KafkaTransport:
         """Wait until the nodes tell of a topic that was just created."""
         with translated(f"topic {topic!r} was created but is not known"):
             async with asyncio.timeout(REQUEST_TIMEOUT):
-                while not await self.partitions(topic):
+                while not await self.partitions(topic):  # noqa: ASYNC110  # Kafka tells nobody
                     await asyncio.sleep(0.02)
 
     def send(
@@ -194,8 +195,9 @@ class KafkaTransport:
             raise DeliveryUnknownError(topic, "the client stopped") from exc
         except Exception as exc:
             raise undelivered(topic, exc) from exc
-        stamped_by_us = appended.timestamp == -1
-        return Appended(appended.offset, int(sent_at * 1000) if stamped_by_us else appended.timestamp)
+        stamped_by_kafka = appended.timestamp != -1
+        timestamp = appended.timestamp if stamped_by_kafka else int(sent_at * 1000)
+        return Appended(appended.offset, timestamp)
 
     async def _healthy_producer(self) -> Any:
         """Return the producer, in place of one that can never send again a new one."""

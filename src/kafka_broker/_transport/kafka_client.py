@@ -43,6 +43,13 @@ _FORBIDDEN: Final = (
     kafka.ClusterAuthorizationFailedError,
     kafka.TransactionalIdAuthorizationFailed,
 )
+_LOCKED_OUT: Final = (
+    kafka.KafkaConnectionError,
+    kafka.AuthenticationFailedError,
+    kafka.AuthenticationMethodNotSupported,
+    kafka.SaslAuthenticationFailed,
+    kafka.UnsupportedSaslMechanismError,
+)
 REFUSED: Final = (
     *_FORBIDDEN,
     kafka.MessageSizeTooLargeError,
@@ -77,7 +84,7 @@ def unavailable(action: str, error: BaseException, hint: str = "") -> BrokerUnav
     """Return the error that says which action failed, why, and what to fix."""
     if isinstance(error, _FORBIDDEN):
         hint = hint or "grant the missing permission (ACL) to this user"
-    elif isinstance(error, kafka.KafkaConnectionError):
+    elif isinstance(error, _LOCKED_OUT):
         hint = hint or "check bootstrap_servers, security_protocol and the credentials"
     return BrokerUnavailableError(f"{action}: {describe(error)}" + (f"; {hint}" if hint else ""))
 

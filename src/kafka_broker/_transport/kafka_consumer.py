@@ -38,6 +38,7 @@ _LOST_MEMBERSHIP: Final = (
     kafka.RebalanceInProgressError,
 )
 
+
 def consumer_options(settings: BrokerSettings, group: dict[str, Any]) -> dict[str, Any]:
     defaults = {
         "enable_auto_commit": False,
