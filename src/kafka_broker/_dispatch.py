@@ -103,6 +103,7 @@ class Dispatcher:
             task: the one that executes `run`.
         """
         self._stopping = True
+        self._forget()
         if self._interruptible:
             task.cancel()
         _, running = await asyncio.wait({task}, timeout=self._settings.drain_timeout)

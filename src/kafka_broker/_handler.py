@@ -5,10 +5,18 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, get_args, get_origin
-from typing import get_type_hints as _get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Final,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-import anyio.to_thread
+from anyio import to_thread
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError, to_json
 
@@ -27,18 +35,8 @@ _NAMED: Final = inspect.Parameter.KEYWORD_ONLY
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 _PROBLEMS: Final = 5
-_QUOTING: Final = frozenset(
-    {
-        "assertion_error",
-        "get_attribute_error",
-        "import_error",
-        "iteration_error",
-        "mapping_type",
-        "union_tag_invalid",
-        "uuid_parsing",
-        "value_error",
-    }
-)
+_RAISED: Final = {"assertion_error", "get_attribute_error", "iteration_error", "mapping_type"}
+_QUOTING: Final = {"import_error", "union_tag_invalid", "uuid_parsing", "value_error", *_RAISED}
 """Pydantic's errors whose text quotes the input, or an exception that may."""
 
 
@@ -131,12 +129,10 @@ class Handler:
 
     def _parameters(self) -> list[inspect.Parameter]:
         """Return the parameters that something may be given for, their annotations evaluated."""
+        bound = _bound(self.function)
         try:
-            parameters = [
-                parameter
-                for parameter in inspect.signature(self.function).parameters.values()
-                if parameter.kind not in _VARIADIC and parameter.name not in _bound(self.function)
-            ]
+            everything = inspect.signature(self.function).parameters.values()
+            parameters = [p for p in everything if p.kind not in _VARIADIC and p.name not in bound]
             hints = _hints(self.function, parameters)
         except (NameError, AttributeError, SyntaxError) as exc:
             raise ConfigurationError(
@@ -148,10 +144,7 @@ class Handler:
                 f"handler {self.name}: its parameters cannot be read ({exc}); "
                 "bind a function of your own that calls it"
             ) from exc
-        return [
-            parameter.replace(annotation=hints.get(parameter.name, _EMPTY))
-            for parameter in parameters
-        ]
+        return [p.replace(annotation=hints.get(p.name, _EMPTY)) for p in parameters]
 
     def _sources(self, parameters: Sequence[inspect.Parameter]) -> dict[str, Source]:
         """Return what gives each parameter its value; those without keep their default."""
@@ -182,9 +175,7 @@ class Handler:
             return None
         generic = wanted.__pydantic_generic_metadata__
         if generic["origin"] is not EventObject:
-            self._refuse_parameter(
-                parameter, f"wants {wanted.__name__}, a subclass of EventObject,"
-            )
+            self._refuse_parameter(parameter, f"wants {wanted.__name__}, a subclass,")
         data = generic["args"][0]
         return _same if data is Any else self._payload(parameter, data).event_of
 
@@ -229,7 +220,7 @@ class Handler:
 
 
 async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
-    result = await anyio.to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
+    result = await to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
     # A plain function around an async one gives a coroutine, which nobody else would await.
     return await result if inspect.iscoroutine(result) else result
 
@@ -257,7 +248,7 @@ def _hints(function: Any, parameters: Sequence[inspect.Parameter]) -> dict[str, 
     if not hasattr(home, "__globals__"):
         home = inspect.unwrap(type(home).__call__)
     names = getattr(home, "__globals__", {})
-    return _get_type_hints(annotated, globalns=names, include_extras=True)
+    return get_type_hints(annotated, globalns=names, include_extras=True)
 
 
 def _positional(
@@ -285,7 +276,8 @@ def _is(kind: Callable[[Any], bool], function: Any) -> bool:
 def _function_name(function: Any) -> str:
     function = _innermost(function)
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    module = getattr(named, "__module__", None) or "builtins"
+    return f"{module}.{named.__qualname__}"
 
 
 def _type_name(wanted: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ class Handling:
         request = event._request  # noqa: SLF001  # kept from the user's eyes only
         if request and request.deadline and request.deadline <= self._transport.now():
             self._metrics.count("events_expired")
+            _logger.debug("event %r came after its deadline and is not handled", event.event)
             return None
         return await self._handle(self._router, event, record)
 
@@ -75,7 +77,9 @@ class Handling:
         try:
             result = await handler.call(event, self._limiter)
             ending = self._answer(event, result)
-        except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here, answered
+        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001  # ends here, answered
+            if _we_are_cancelled():
+                raise
             return self._fail(event, record, exc)
         self._metrics.count("events_handled")
         return ending
@@ -111,7 +115,7 @@ class Handling:
         )
         return delivery
 
-    def _fail(self, event: EventObject[Any], record: Record, error: Exception) -> Ending:
+    def _fail(self, event: EventObject[Any], record: Record, error: BaseException) -> Ending:
         """Tell the one who waits; what nobody waits for is kept in the dead-letter topic."""
         where = f"{record.topic}:{record.partition}:{record.offset}"
         expected = isinstance(error, (NoHandlerError, EventDecodeError))
@@ -133,7 +137,7 @@ class Handling:
                 return answer
         return self._bury(record, error)
 
-    def _bury(self, record: Record, error: Exception) -> Delivery:
+    def _bury(self, record: Record, error: BaseException) -> Delivery:
         """Put a record into the dead-letter topic as it came, with its origin and the error."""
         self._metrics.count("events_dead_lettered")
         headers = _wire.dead_letter_headers(record, error)
@@ -141,3 +145,9 @@ class Handling:
         return self._outbox.put(
             self._settings.dead_letter_topic, buried, keyed=record.key is not None, urgent=True
         )
+
+
+def _we_are_cancelled() -> bool:
+    """Return whether our task is to end; else a CancelledError is the handler's own failure."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

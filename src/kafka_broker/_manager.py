@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -229,11 +230,15 @@ class BrokerManager:
             RemoteError: the handler failed.
             NoHandlerError: the module does not handle this event.
             DeliveryError: the request could not be delivered.
+            ConfigurationError: the timeout is not a positive number of seconds.
             EventDecodeError: the reply is not what *response* asks for.
             BrokerClosedError: the broker is not running, or stopped meanwhile.
             TypeError: the data has no form in JSON.
         """
         seconds = self.settings.reply_timeout if isinstance(timeout, Default) else timeout
+        if not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
+            msg = f"request() needs a timeout in seconds, more than 0; got {seconds!r}"
+            raise ConfigurationError(msg)
         asked: EventObject[Any] = EventObject(event=event, data=data)
         storage = self.consumer_storage
         slot = storage.expect(asked.correlation_id, seconds)
@@ -269,9 +274,11 @@ class BrokerManager:
         if run is None or run.over:
             run = self._begin()
         elif run.loop is not loop:
-            msg = f"broker {self.settings.module!r} runs in another event loop; stop it there first"
-            raise ConfigurationError(msg)
+            raise ConfigurationError(self._elsewhere())
         return _Started(run)
+
+    def _elsewhere(self) -> str:
+        return f"broker {self.settings.module!r} runs in another event loop; stop it there first"
 
     def _begin(self) -> Run:
         storage = self.consumer_storage
@@ -289,6 +296,8 @@ class BrokerManager:
         run = self._run
         if run is None or run.over:
             return
+        if run.loop is not asyncio.get_running_loop():
+            raise ConfigurationError(self._elsewhere())
         run.request_stop()
         await run.wait_over()
 

@@ -92,10 +92,10 @@ class NativeKafka(AbstractContextManager["NativeKafka"]):
 
     Args:
         report: Called with one line of text whenever something slow begins.
-        properties: Added to the node's ``server.properties``; the last of a name wins.
 
     Attributes:
         bootstrap_servers: Host and port; known, and unused, before the first start.
+        properties: Added to the node's ``server.properties`` at its first start; they win.
         data_directory: Holds the records and ``output.log``; exists from the first start on.
 
     Raises:
@@ -109,7 +109,7 @@ class NativeKafka(AbstractContextManager["NativeKafka"]):
         if not _jar_cache().is_dir():
             _maven()
         self._report = report
-        self._properties = properties or {}
+        self.properties = dict(properties or {})
         self._broker_port, self._controller_port = _free_ports(2)
         self._process: WatchedProcess | None = None
         self.bootstrap_servers = f"127.0.0.1:{self._broker_port}"
@@ -153,7 +153,7 @@ class NativeKafka(AbstractContextManager["NativeKafka"]):
             return
         properties = self.data_directory / "server.properties"
         ports = {"broker": self._broker_port, "controller": self._controller_port}
-        added = "".join(f"{name}={value}\n" for name, value in self._properties.items())
+        added = "".join(f"{name}={value}\n" for name, value in self.properties.items())
         properties.write_text(_PROPERTIES.format(**ports) + added, encoding="utf-8")
         arguments = ("format", "-t", "A" * 22, "-c", properties.name)
         for _ in process.run([*self._jvm, "kafka.tools.StorageTool", *arguments], timeout=timeout):

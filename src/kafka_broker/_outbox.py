@@ -105,9 +105,8 @@ class Delivery:
             yield from self._outbox.wait_for(self).__await__()
         self._noticed = True
         if self._error is not None:
-            raise self._error.with_traceback(
-                None
-            )  # a batch shares it: else it grows with each raise
+            # a batch shares it: its traceback would grow with each raise
+            raise self._error.with_traceback(None)
         return self
 
     def _end(self, error: DeliveryError | None) -> None:
@@ -332,7 +331,8 @@ class Outbox:
         self._take_arrived(self._loop.time() if self._loop else 0.0)
         for topic in self._topics.values():
             if topic.lookup is not None:
-                topic.lookup.cancel()
+                with suppress(RuntimeError):  # its loop was closed
+                    topic.lookup.cancel()
             self._fail(topic.waiting, "the broker stopped before it was sent")
             for lane in topic.lanes.values():
                 for delivery in lane.sending:

@@ -141,16 +141,18 @@ class Run:
         """Try until Kafka answers, at most ``start_timeout`` seconds."""
         deadline = self.loop.time() + self._settings.start_timeout
         pause = _BACKOFF[0]
+        refusal: BrokerUnavailableError | None = None
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._connect()
             except TimeoutError as exc:
                 msg = f"Kafka did not answer within {self._settings.start_timeout:g} s"
-                raise BrokerUnavailableError(msg) from exc
+                raise refusal or BrokerUnavailableError(msg) from exc
             except BrokerUnavailableError as exc:
                 if self.loop.time() + pause > deadline:
                     raise
+                refusal = exc
                 _logger.warning("not started yet, trying again in %.1f s: %s", pause, exc)
             else:
                 return
@@ -218,14 +220,16 @@ class Run:
         self.ready = False
         settings = self._settings
         why = STOPPED if self.failure is None else f"the broker failed: {self.failure!r}"
-        if dispatch := self._workers.pop("dispatch", None):
-            await self._dispatcher.stop(dispatch)
-        self.outbox.refuse(why)
-        if not self.started.cancelled() and self.started.exception() is None:
-            await self.outbox.flush(settings.drain_timeout)
-        self._storage.close(why)
-        for worker in self._workers.values():
-            worker.cancel()
-            await asyncio.wait({worker}, timeout=1.0)
-        await self._disconnect()
-        self.outbox.close()
+        try:
+            if dispatch := self._workers.pop("dispatch", None):
+                await self._dispatcher.stop(dispatch)
+            self.outbox.refuse(why)
+            if self.started.exception() is None:
+                await self.outbox.flush(settings.drain_timeout)
+        finally:
+            self._storage.close(why)
+            for worker in self._workers.values():
+                worker.cancel()
+                await asyncio.wait({worker}, timeout=1.0)
+            await self._disconnect()
+            self.outbox.close()

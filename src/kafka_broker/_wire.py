@@ -110,7 +110,7 @@ def reply_headers(request: Request) -> tuple[tuple[str, bytes], ...]:
     return (correlation, (INSTANCE, request.instance))
 
 
-def dead_letter_headers(record: Record, error: Exception) -> tuple[tuple[str, bytes], ...]:
+def dead_letter_headers(record: Record, error: BaseException) -> tuple[tuple[str, bytes], ...]:
     """Return a record's own headers and after them where it came from and why it is dead."""
     own = [(name, value) for name, value in record.headers if value is not None]
     origin = f"{record.topic}:{record.partition}:{record.offset}"
@@ -247,7 +247,7 @@ def reply_to(event: EventObject[Any], data: object, *, status: str = COMPLETED) 
     )
 
 
-def problem(error: Exception, event: EventObject[Any], module: str) -> dict[str, Any]:
+def problem(error: BaseException, event: EventObject[Any], module: str) -> dict[str, Any]:
     """Return the RFC 9457 problem that tells a requester of *error*.
 
     The text of a handler's exception stays here: it may quote data that the requester must not see.

