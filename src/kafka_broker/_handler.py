@@ -5,16 +5,7 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from types import SimpleNamespace
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Final,
-    NoReturn,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args, get_type_hints
 
 from anyio import to_thread
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
@@ -129,22 +120,33 @@ class Handler:
 
     def _parameters(self) -> list[inspect.Parameter]:
         """Return the parameters that something may be given for, their annotations evaluated."""
-        bound = _bound(self.function)
+        bound, names = _bound(self.function), _names(self.function)
         try:
-            everything = inspect.signature(self.function).parameters.values()
-            parameters = [p for p in everything if p.kind not in _VARIADIC and p.name not in bound]
-            hints = _hints(self.function, parameters)
-        except (NameError, AttributeError, SyntaxError) as exc:
-            raise ConfigurationError(
-                f"handler {self.name}: its annotations cannot be read ({exc}); define or import "
-                "what they name at the top of the module, outside of `if TYPE_CHECKING`"
-            ) from exc
-        except (TypeError, ValueError) as exc:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (NameError, TypeError, ValueError) as exc:
             raise ConfigurationError(
                 f"handler {self.name}: its parameters cannot be read ({exc}); "
                 "bind a function of your own that calls it"
             ) from exc
-        return [p.replace(annotation=hints.get(p.name, _EMPTY)) for p in parameters]
+        return [
+            parameter.replace(annotation=self._annotation(parameter, names))
+            for parameter in parameters
+            if parameter.kind not in _VARIADIC and parameter.name not in bound
+        ]
+
+    def _annotation(self, parameter: inspect.Parameter, names: dict[str, Any]) -> Any:
+        """Evaluate an annotation that is still text, where the function was written."""
+        if parameter.annotation is _EMPTY:
+            return _EMPTY
+        annotated: Any = SimpleNamespace(__annotations__={"": parameter.annotation})
+        try:
+            return get_type_hints(annotated, names, include_extras=True)[""]
+        except (NameError, AttributeError, SyntaxError, TypeError, PydanticUserError) as exc:
+            raise ConfigurationError(
+                f"handler {self.name}, parameter {parameter.name!r}: its annotation cannot be read "
+                f"({exc}); use a type that pydantic knows, defined or imported at the top of the "
+                "module, outside of `if TYPE_CHECKING`"
+            ) from exc
 
     def _sources(self, parameters: Sequence[inspect.Parameter]) -> dict[str, Source]:
         """Return what gives each parameter its value; those without keep their default."""
@@ -239,16 +241,12 @@ def _bound(function: Any) -> set[str]:
     return names
 
 
-def _hints(function: Any, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
-    """Evaluate the annotations that are still text, where the function was written."""
-    annotated: Any = SimpleNamespace(
-        __annotations__={p.name: p.annotation for p in parameters if p.annotation is not _EMPTY}
-    )
+def _names(function: Any) -> dict[str, Any]:
+    """Return what the names in the annotations of *function* stand for."""
     home = inspect.unwrap(_innermost(function))
     if not hasattr(home, "__globals__"):
         home = inspect.unwrap(type(home).__call__)
-    names = getattr(home, "__globals__", {})
-    return get_type_hints(annotated, globalns=names, include_extras=True)
+    return getattr(home, "__globals__", {})
 
 
 def _positional(
@@ -286,7 +284,8 @@ def _type_name(wanted: Any) -> str:
 
 
 def _plain(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    """Return the type without what Annotated adds to it."""
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
 
 
 def _same(event: EventObject[Any]) -> EventObject[Any]:

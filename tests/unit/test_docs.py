@@ -11,6 +11,7 @@ import sys
 import uuid
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
@@ -29,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 OUTPUT = io.StringIO()
+
+LOOP = "asyncio_default_fixture_loop_scope=function"
 
 run_python = PythonEvaluator()
 
@@ -73,10 +76,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_samples_run(page: Path) -> None:
+def test_samples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run one after the other and print what the page says."""
+    module = ModuleType("a_page")  # pydantic looks for the module that a model is in
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     document = SAMPLES.parse(page)
-    document.namespace["__name__"] = "docs"
+    document.namespace = vars(module)
     with redirect_stdout(OUTPUT):
         for example in document.examples():
             example.evaluate()
@@ -102,7 +107,7 @@ def test_the_sample_of_a_test_file_passes(tmp_path: Path) -> None:
     (tmp_path / "test_sample.py").write_text("\n\n".join(blocks), encoding="utf-8")
     source = Path(kafka_broker.__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not kafka"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not kafka", "-o", LOOP],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(source)},
         capture_output=True,

@@ -18,12 +18,12 @@ from kafka_broker import EventObject, EventRouter
 from kafka_broker.errors import BrokerError, ConfigurationError, EventDecodeError, NoHandlerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
 LOGGER = "kafka_broker.router"
 
 
-def named(name: str) -> Callable[[], str]:
+def named(name: str) -> Callable[[], Awaitable[str]]:
     """Make a handler that returns a name."""
 
     async def handler() -> str:
@@ -146,13 +146,13 @@ async def test_a_router_can_be_in_two_others() -> None:
 
 
 async def test_routers_nest_to_any_depth() -> None:
-    """Two thousand routers in each other are no more than a long name."""
+    """Routers nested deeper than Python recurses are no more than a long name."""
     root = inner = EventRouter("root")
-    for _ in range(2_000):
+    for _ in range(1_100):
         inner, outer = EventRouter("r"), inner
         outer.include_binder(inner)
     inner.bind_event("go")(named("it"))
-    assert "it" == await found(root, "r." * 2_000 + "go")
+    assert "it" == await found(root, "r." * 1_100 + "go")
 
 
 async def test_ten_thousand_binds_are_all_found() -> None:
@@ -267,7 +267,9 @@ async def test_the_catch_all_catches_names_of_any_length() -> None:
 # Mistakes
 
 
-@pytest.mark.parametrize("name", ["", ".", "a.", ".a", "a..b", "a b", "a\n", "a*", "#a", "**", "a.b#"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "a.", ".a", "a..b", "a b", "a\n", "a*", "#a", "**", "a.b#"]
+)
 def test_a_malformed_pattern_is_refused(name: str) -> None:
     """Words are not empty, without white space, and a wildcard is a whole word."""
     with pytest.raises(ConfigurationError, match="words"):

@@ -735,8 +735,8 @@ def test_the_status_of_a_problem_is_kept() -> None:
 
 CAPTURED_REQUEST = b"""{"correlation_id": "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f", \
 "status": "pending", "event": "math.double", "data": {"value": 21}, \
-"audit_log": [{"data": {"value": 21}, "event": "math.double", "location": "io.org.230123", "time_sent": 1795474891, \
-"time_received": null}]}"""
+"audit_log": [{"data": {"value": 21}, "event": "math.double", "location": "io.org.230123", \
+"time_sent": 1795474891, "time_received": null}]}"""
 CAPTURED_REPLY = b"""{"correlation_id": "8e6786f1-891e-4ae9-8f8f-2d294c0adb4f", \
 "status": "completed", "event": "respond", \
 "data": {"message": "doubled", "status_code": 200, "payload": {"result": 42}}, \
