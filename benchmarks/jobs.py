@@ -66,8 +66,9 @@ async def _load(request: Callable[[], Awaitable[Any]], number: int, job: Job) ->
         await asyncio.sleep(end - time.perf_counter())
         return (cpu_seconds(pid) - before) / max(len(took), 1) * 1e6
 
-    clients = (client() for _ in range(number))
-    asking, answering, *_ = await asyncio.gather(cpu(os.getpid()), cpu(job.pid), *clients)
+    clients = asyncio.gather(*(client() for _ in range(number)))
+    asking, answering = await asyncio.gather(cpu(os.getpid()), cpu(job.pid))
+    await clients
     measured = {"rate": len(took) / job.seconds, "p50": statistics.median(took) * 1e3}
     measured |= {"cpu asking": asking, "cpu answering": answering}
     return {f"{name}@{number}": value for name, value in measured.items()}
@@ -177,16 +178,17 @@ async def soak(job: Job) -> dict[str, float]:
 
 
 async def _left(broker: BrokerManager) -> dict[str, int]:
-    """Count what waits; the least of a second, because the client has tasks that come and go."""
-    loop: Any = asyncio.get_running_loop()
+    """Count what waits, without what aiokafka keeps to itself, which comes and goes."""
+    await asyncio.sleep(0.1)
     storage: Any = broker.consumer_storage
-    counts = []
-    for _ in range(10):
-        await asyncio.sleep(0.1)
-        timers = sum(not timer.cancelled() for timer in loop._scheduled)  # noqa: SLF001  # no other way
-        slots = len(storage._slots) + len(storage)  # noqa: SLF001  # the same
-        counts.append((slots, len(asyncio.all_tasks()), timers))
-    return dict(zip(("slots", "tasks", "timers"), map(min, *counts), strict=True))
+    coroutines: list[Any] = [task.get_coro() for task in asyncio.all_tasks()]
+    timers: list[Any] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # noqa: SLF001
+    callbacks = [timer._callback for timer in timers if not timer.cancelled()]  # noqa: SLF001
+    return {
+        "slots": len(storage._slots) + len(storage),  # noqa: SLF001
+        "tasks": sum("aiokafka" not in each.cr_code.co_filename for each in coroutines),
+        "timers": sum(each.__module__.startswith("kafka_broker") for each in callbacks),
+    }
 
 
 def cpu_seconds(pid: int) -> float:

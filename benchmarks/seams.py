@@ -174,6 +174,7 @@ def main() -> None:
     # Tests start Kafka without the JVM's second compiler; this variable overrules its arguments.
     os.environ.setdefault("_JAVA_OPTIONS", "-XX:TieredStopAtLevel=4")
     with kafka_server(report=partial(print, flush=True)) as servers:
+        print(f"Kafka at {servers}", flush=True)
         job = Job("", "", servers, "", options.partitions, options.seconds)
         asyncio.run(run(names, options.rounds, job))
 

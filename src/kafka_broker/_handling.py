@@ -77,7 +77,7 @@ class Handling:
         try:
             result = await handler.call(event, self._limiter)
             ending = self._answer(event, result)
-        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001  # ends here, answered
+        except (Exception, asyncio.CancelledError) as exc:  # ends here, answered
             if _we_are_cancelled():
                 raise
             return self._fail(event, record, exc)

@@ -58,8 +58,12 @@ def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def _read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
 def _text(page: str) -> str:
-    return (DOCS / page).read_text(encoding="utf-8")
+    return _read(DOCS / page)
 
 
 @pytest.fixture
@@ -89,8 +93,10 @@ def test_samples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_python_block_is_found() -> None:
     """No fence is overlooked because of how it is written."""
-    fences = sum(len(re.findall(r"^ *(?:```|~~~) *py", page.read_text(), re.M)) for page in PAGES)
-    hidden = sum(page.read_text().count("invisible-code-block: python") for page in PAGES)
+    fences = sum(
+        len(re.findall(r"^ *(?:```|~~~) *py", _read(page), re.MULTILINE)) for page in PAGES
+    )
+    hidden = sum(_read(page).count("invisible-code-block: python") for page in PAGES)
     runs = [
         example
         for page in PAGES
@@ -103,11 +109,14 @@ def test_every_python_block_is_found() -> None:
 @pytest.mark.usefixtures("environment")
 def test_the_sample_of_a_test_file_passes(tmp_path: Path) -> None:
     """The page about tests is a test file that passes as it stands; its Kafka is left out here."""
-    blocks = re.findall(r"^```python\n(.*?)^```", _text("howto/test-your-service.md"), re.M | re.S)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", _text("howto/test-your-service.md"), re.MULTILINE | re.DOTALL
+    )
     (tmp_path / "test_sample.py").write_text("\n\n".join(blocks), encoding="utf-8")
     source = Path(kafka_broker.__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not kafka", "-o", LOOP],
+    options = ["-q", "-p", "no:cacheprovider", "-k", "not kafka", "-o", LOOP]
+    run = subprocess.run(  # noqa: S603  # the page is the test
+        [sys.executable, "-m", "pytest", *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(source)},
         capture_output=True,
@@ -122,14 +131,14 @@ def test_the_sample_of_a_test_file_passes(tmp_path: Path) -> None:
 
 def _anchors(page: Path) -> set[str]:
     """Return the anchors of a page, as GitHub makes them from its headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    headings = re.findall(r"^#+ (.*)$", _read(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_resolve(page: Path) -> None:
     """A relative link leads to a file of the repository, and to a heading if it names one."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```", "", _read(page), flags=re.MULTILINE | re.DOTALL)
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", link):
@@ -144,7 +153,7 @@ def test_links_resolve(page: Path) -> None:
 def _tests_of(path: Path) -> set[str]:
     if not path.exists():
         return set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(_read(path))
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     return {node.name for node in ast.walk(tree) if isinstance(node, functions)}
 
@@ -152,7 +161,7 @@ def _tests_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_named_tests_exist(page: Path) -> None:
     """A test that is named as proof is there."""
-    text = page.read_text(encoding="utf-8")
+    text = _read(page)
     named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", text)
     missing = [
         f"{path}::{test}"
@@ -181,7 +190,7 @@ def _default(field: Any) -> str:
     if field.default is PydanticUndefined:
         return "(required)" if field.default_factory is None else "(computed)"
     if field.default in (None, ""):
-        return "–"
+        return "(none)"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
     if isinstance(field.default, float):
@@ -194,7 +203,7 @@ def _unit(name: str, field: Any) -> str:
         return "s"
     if field.annotation is int:
         return "bytes" if name.endswith("_bytes") else "count"
-    return "–"
+    return ""
 
 
 def test_settings_are_all_there() -> None:
@@ -211,7 +220,7 @@ def test_errors_are_all_there() -> None:
     """Every error has its row, and the tree is the one in the code."""
     page = _text("reference/errors.md")
     assert sorted(errors.__all__) == sorted(row[0].strip("`") for row in _rows(page))
-    tree = re.search(r"```\n(BrokerError.*?)```", errors.__doc__ or "", re.S)
+    tree = re.search(r"```\n(BrokerError.*?)```", errors.__doc__ or "", re.DOTALL)
     assert tree is not None
     assert tree[1] in page
 

@@ -536,6 +536,25 @@ async def test_a_cancelled_wait_abandons_the_thread() -> None:
     await ended.wait()
 
 
+async def test_a_cancelled_scope_abandons_the_thread() -> None:
+    """A cancel scope of anyio, as FastAPI has them, does not wait for the thread either."""
+    loop, begun, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    go_on = threading.Event()
+
+    def plain() -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(5)
+        loop.call_soon_threadsafe(ended.set)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call, plain)
+        await begun.wait()
+        group.cancel_scope.cancel()
+    assert not ended.is_set()
+    go_on.set()
+    await ended.wait()
+
+
 async def test_a_cancelled_wait_for_a_thread_never_runs_the_function() -> None:
     """While all threads are busy the function has not begun; then it never does."""
     limiter = anyio.CapacityLimiter(1)

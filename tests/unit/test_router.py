@@ -8,6 +8,7 @@ import gc
 import itertools
 import logging
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,6 +53,12 @@ async def all_ended() -> None:
     """Wait until no other task runs."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others)
+
+
+async def turn() -> None:
+    """Let every task go as far as it can without us."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -369,6 +376,28 @@ async def test_a_dropped_execution_runs() -> None:
     gate.open.set()
     await all_ended()
     assert gate.ended.is_set()
+
+
+async def test_the_router_keeps_a_dropped_handler_alive() -> None:
+    """A handler that waits for what only itself refers to is not garbage."""
+    waited: list[weakref.ref[asyncio.Future[None]]] = []
+    ended = asyncio.Event()
+
+    async def handler() -> None:
+        future = asyncio.get_running_loop().create_future()
+        waited.append(weakref.ref(future))
+        await future
+        ended.set()
+
+    router = EventRouter("root")
+    router.bind_event("a")(handler)
+    router.execute_event(EventObject(event="a"))
+    await turn()
+    gc.collect()
+    future = waited[0]()
+    assert future is not None
+    future.set_result(None)
+    await ended.wait()
 
 
 async def test_a_failure_is_raised_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""The transport over aiokafka 0.14; only it and the two modules beside it import aiokafka.
+"""The transport over aiokafka 0.14; only the modules ``kafka*`` import it.
 
 What aiokafka leaves open is closed here: starts and stops are bounded, a dead fetch or send task is
 noticed, a late commit is refused, and every exception becomes one of `kafka_broker.errors`.
@@ -7,44 +7,34 @@ noticed, a late commit is refused, and every exception becomes one of `kafka_bro
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.protocol.metadata import MetadataRequest
 
-from kafka_broker._transport import Appended
 from kafka_broker._transport.kafka_client import (
-    CLOSE_TIMEOUT,
-    FOREIGN,
-    REFUSED,
     REQUEST_TIMEOUT,
     check_options,
     close,
-    describe,
     options,
-    reasons_logged,
     translated,
-    unavailable,
-    undelivered,
 )
 from kafka_broker._transport.kafka_consumer import (
     KafkaReader,
     KafkaSubscription,
     consumer_options,
 )
-from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
+from kafka_broker._transport.kafka_producer import KafkaProducer
+from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kafka_broker._settings import BrokerSettings
-    from kafka_broker._transport import OnAssigned, OnRevoked, Outgoing, TopicSpec
-
-_logger = logging.getLogger("kafka_broker.transport")
+    from kafka_broker._transport import Appended, OnAssigned, OnRevoked, Outgoing, TopicSpec
 
 _DAY_MS: Final = 24 * 3600 * 1000
 
@@ -55,61 +45,23 @@ class KafkaTransport:
     def __init__(self, settings: BrokerSettings) -> None:
         check_options(settings)
         self._settings = settings
-        self._producer_options = options(
-            AIOKafkaProducer,
-            settings,
-            {
-                "acks": "all",
-                "enable_idempotence": True,
-                "linger_ms": 0,
-                "request_timeout_ms": int(REQUEST_TIMEOUT * 1000),
-                "max_batch_size": 1_000_000,
-            },
-        )
-        self._producer: Any = None
-        self._replacing = asyncio.Lock()
-        self._sends: set[asyncio.Task[Appended]] = set()
+        self._producer = KafkaProducer(settings)
 
     def now(self) -> float:
         """Return the seconds since the epoch."""
         return time.time()
 
     async def start(self) -> None:
-        """Connect a producer; see `Transport.start`."""
-        self._producer = await self._connect()
-
-    async def _connect(self) -> Any:
-        producer = AIOKafkaProducer(**self._producer_options)
-        action = f"cannot connect to Kafka at {self._settings.bootstrap_servers}"
-        with reasons_logged() as reasons:
-            try:
-                async with asyncio.timeout(REQUEST_TIMEOUT):
-                    await producer.start()
-            except FOREIGN as exc:
-                await close(producer, producer.stop())
-                error = unavailable(action, exc)
-                why = f" ({reasons[-1]})" if reasons else ""
-                raise BrokerUnavailableError(f"{error}{why}") from exc
-            except BaseException:
-                await close(producer, producer.stop())
-                raise
-        return producer
+        """Connect; see `Transport.start`."""
+        await self._producer.start()
 
     async def stop(self) -> None:
-        """Close the producer; see `Transport.stop`."""
-        producer, self._producer = self._producer, None
-        await asyncio.sleep(0)  # cancelled before its first step, a task cannot say how it ended
-        for send in self._sends:
-            send.cancel()
-        if self._sends:
-            await asyncio.wait(self._sends, timeout=CLOSE_TIMEOUT)
-        if producer is not None:
-            await close(producer, producer.stop())
+        """Disconnect; see `Transport.stop`."""
+        await self._producer.stop()
 
     async def partitions(self, topic: str) -> int:
         """Ask Kafka, without creating the topic; see `Transport.partitions`."""
-        producer = await self._healthy_producer()
-        client = producer.client
+        client = await self._producer.client()
         with translated(f"cannot look up topic {topic!r}"):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 request = MetadataRequest([topic], allow_auto_topic_creation=False)
@@ -119,7 +71,7 @@ class KafkaTransport:
                     raise kafka.TopicAuthorizationFailedError(topic)
                 if error:
                     return 0
-                await producer.partitions_for(topic)
+                await client.add_topic(topic)
         return len(partitions)
 
     async def create_topics(self, topics: Sequence[TopicSpec]) -> None:
@@ -166,53 +118,7 @@ class KafkaTransport:
         self, topic: str, partition: int, records: Sequence[Outgoing]
     ) -> asyncio.Future[Appended]:
         """Append a batch; see `Transport.send`."""
-        send = asyncio.get_running_loop().create_task(self._append(topic, partition, records))
-        self._sends.add(send)
-        send.add_done_callback(self._sends.discard)
-        return send
-
-    async def _append(self, topic: str, partition: int, records: Sequence[Outgoing]) -> Appended:
-        try:
-            producer = await self._healthy_producer()
-            if producer.client.cluster.partitions_for_topic(topic) is None:
-                await self._check_exists(topic, partition)
-            batch = producer.create_batch()
-            for key, value, headers in records:
-                batch.append(timestamp=None, key=key, value=value, headers=list(headers))
-            acknowledged = await producer.send_batch(batch, topic, partition=partition)
-        except BrokerUnavailableError as exc:
-            raise DeliveryError(topic, str(exc), retriable=True) from exc
-        except REFUSED as exc:
-            raise DeliveryError(topic, describe(exc)) from exc
-        except (*FOREIGN, AssertionError, asyncio.CancelledError) as exc:
-            raise DeliveryError(topic, describe(exc), retriable=True) from exc
-        sent_at = time.time()
-        try:
-            appended = await acknowledged
-        except asyncio.CancelledError as exc:
-            if _recalled(producer, TopicPartition(topic, partition), batch):
-                raise DeliveryError(topic, "the client stopped", retriable=True) from exc
-            raise DeliveryUnknownError(topic, "the client stopped") from exc
-        except Exception as exc:
-            raise undelivered(topic, exc) from exc
-        stamped_by_kafka = appended.timestamp != -1
-        timestamp = appended.timestamp if stamped_by_kafka else int(sent_at * 1000)
-        return Appended(appended.offset, timestamp)
-
-    async def _healthy_producer(self) -> Any:
-        """Return the producer, in place of one that can never send again a new one."""
-        producer = self._producer
-        if producer is None:
-            msg = "the connection to Kafka is closed"
-            raise BrokerUnavailableError(msg)
-        if not producer._sender.sender_task.done():  # noqa: SLF001  # aiokafka tells nobody
-            return producer
-        async with self._replacing:
-            if self._producer is producer:
-                _logger.warning("the producer of %s died; replacing it", self._settings.instance)
-                await close(producer, producer.stop())
-                self._producer = await self._connect()
-        return self._producer
+        return self._producer.send(topic, partition, records)
 
     async def _check_exists(self, topic: str, partition: int = 0) -> None:
         """Refuse what aiokafka would wait for without a word."""
@@ -273,13 +179,3 @@ def _new_topic(spec: TopicSpec) -> NewTopic:
     topic = NewTopic(spec.name, spec.partitions, 1, topic_configs=dict(spec.config))
     topic.replication_factor = -1  # the cluster's default; aiokafka's constructor refuses it
     return topic
-
-
-def _recalled(producer: Any, place: TopicPartition, batch: Any) -> bool:
-    """Take a batch back that the producer has queued but never sent; False if it is too late."""
-    queue = producer._message_accumulator._batches.get(place, ())  # noqa: SLF001  # no public way
-    for queued in queue:
-        if queued._builder is batch and queued.retry_count == 0:  # noqa: SLF001  # as above
-            queue.remove(queued)
-            return True
-    return False

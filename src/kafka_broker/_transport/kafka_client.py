@@ -9,9 +9,10 @@ import ssl
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer
 from aiokafka import errors as kafka
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
 
 from kafka_broker.errors import (
     BrokerUnavailableError,
@@ -157,10 +158,10 @@ def options(client: type, settings: BrokerSettings, defaults: dict[str, Any]) ->
 def check_options(settings: BrokerSettings) -> None:
     known = {
         name
-        for client in (AIOKafkaProducer, AIOKafkaConsumer, AIOKafkaAdminClient)
+        for client in (AIOKafkaClient, AIOKafkaConsumer, AIOKafkaAdminClient)
         for name in inspect.signature(client).parameters
     }
-    if unknown := sorted(settings.client_options.keys() - known):
+    if unknown := sorted(settings.client_options.keys() - known - {"compression_type"}):
         msg = f"client_options: aiokafka does not know {', '.join(unknown)}"
         raise ConfigurationError(msg)
 
@@ -173,8 +174,7 @@ def tasks_of(client: Any) -> Iterator[asyncio.Future[Any]]:
         (coordinator, ("_coordination_task", "_heartbeat_task", "_commit_refresh_task")),
         (coordinator, ("_reset_committed_task", "_reassign_task")),
         (fetcher, ("_fetch_task",)),
-        (getattr(client, "_sender", None), ("_sender_task",)),
-        (getattr(client, "_client", None) or getattr(client, "client", None), ("_sync_task",)),
+        (getattr(client, "_client", client), ("_sync_task",)),
     ]
     for owner, names in owners:
         for name in names:
@@ -199,6 +199,6 @@ async def close(client: Any, stop: Awaitable[None]) -> None:
         await asyncio.wait(leftovers, timeout=1.0)
     if stopping.done() and not stopping.cancelled() and stopping.exception() is None:
         return
-    connections = getattr(client, "_client", None) or client.client
+    connections = getattr(client, "_client", client)
     with suppress(Exception, asyncio.CancelledError):
         await asyncio.wait_for(connections.close(), CLOSE_TIMEOUT)

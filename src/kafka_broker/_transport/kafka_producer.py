@@ -1,0 +1,385 @@
+"""Appending to Kafka: our own produce requests, over connections and metadata that are aiokafka's.
+
+`AIOKafkaProducer` has no delivery deadline, may be poisoned for good, and cannot say whether a
+batch has left it. With one batch per partition at a time all three are small: a batch keeps its
+bytes, and in them its sequence number, until its outcome is known, so Kafka appends it once however
+often it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from aiokafka import TopicPartition
+from aiokafka import errors as kafka
+from aiokafka.client import AIOKafkaClient
+from aiokafka.codec import has_gzip, has_lz4, has_snappy, has_zstd
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.protocol.transaction import InitProducerIdRequest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
+from kafka_broker._transport import Appended
+from kafka_broker._transport.kafka_client import (
+    CLOSE_TIMEOUT,
+    FOREIGN,
+    REQUEST_TIMEOUT,
+    close,
+    describe,
+    options,
+    reasons_logged,
+    translated,
+    unavailable,
+    undelivered,
+)
+from kafka_broker.errors import (
+    BrokerUnavailableError,
+    ConfigurationError,
+    DeliveryError,
+    DeliveryUnknownError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kafka_broker._settings import BrokerSettings
+    from kafka_broker._transport import Outgoing
+
+_logger = logging.getLogger("kafka_broker.transport")
+
+_ALL_REPLICAS: Final = -1
+_NO_LIMIT: Final = 1 << 30
+_PAUSE: Final = 0.1
+_TRIES: Final = 5
+_CODECS: Final = {
+    "gzip": (1, has_gzip),
+    "snappy": (2, has_snappy),
+    "lz4": (3, has_lz4),
+    "zstd": (4, has_zstd),
+}
+_IDENTITY_LOST: Final = (
+    kafka.OutOfOrderSequenceNumber,
+    kafka.InvalidProducerEpoch,
+    kafka.UnknownProducerId,
+    kafka.ProducerFenced,
+)
+_MAY_HAVE_APPENDED: Final = (
+    kafka.RequestTimedOutError,
+    kafka.NotEnoughReplicasAfterAppendError,
+    kafka.KafkaStorageError,
+)
+
+
+class _Identity:
+    """What makes a batch of one partition known to Kafka, so that it is appended once."""
+
+    __slots__ = ("epoch", "producer_id", "sequence")
+
+    def __init__(self, producer_id: int, epoch: int) -> None:
+        self.producer_id = producer_id
+        self.epoch = epoch
+        self.sequence = 0
+
+
+class _Batch:
+    """The bytes of one batch, and whether Kafka may have them already."""
+
+    __slots__ = (
+        "buffer",
+        "built_at",
+        "count",
+        "deadline",
+        "identity",
+        "place",
+        "sent",
+        "tries",
+        "unknown",
+    )
+
+    def __init__(
+        self, place: TopicPartition, records: Sequence[Outgoing], identity: _Identity, codec: int
+    ) -> None:
+        self.place = place
+        self.identity = identity
+        self.count = len(records)
+        self.sent = False
+        self.tries = 0
+        self.unknown = False
+        self.deadline = 0.0
+        self.built_at = int(time.time() * 1000)
+        builder = DefaultRecordBatchBuilder(
+            magic=2,
+            compression_type=codec,
+            is_transactional=0,
+            producer_id=identity.producer_id,
+            producer_epoch=identity.epoch,
+            base_sequence=identity.sequence,
+            batch_size=_NO_LIMIT,
+        )
+        for offset, (key, value, headers) in enumerate(records):
+            builder.append(offset, self.built_at, key, value, list(headers))
+        self.buffer = builder.build()
+
+
+def compression(settings: BrokerSettings) -> int:
+    """Return Kafka's number of the codec that ``client_options`` ask for; 0 for none.
+
+    Raises:
+        ConfigurationError: there is no such codec, or its library is not installed.
+    """
+    name = settings.client_options.get("compression_type")
+    if name is None:
+        return 0
+    if name not in _CODECS:
+        msg = f"client_options: compression_type must be one of {', '.join(_CODECS)}"
+        raise ConfigurationError(msg)
+    number, installed = _CODECS[name]
+    if not installed():
+        msg = f"compression_type {name!r} needs a library: pip install 'aiokafka[{name}]'"
+        raise ConfigurationError(msg)
+    return number
+
+
+class KafkaProducer:
+    """Appends batches, idempotently, acknowledged by all replicas in sync."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+        self._codec = compression(settings)
+        defaults = {"request_timeout_ms": int(REQUEST_TIMEOUT * 1000)}
+        self._options = options(AIOKafkaClient, settings, defaults)
+        self._client: Any = None
+        self._connecting = asyncio.Lock()
+        self._first: _Identity | None = None
+        self._identities: dict[TopicPartition, _Identity | None] = {}
+        self._sends: set[asyncio.Task[Appended]] = set()
+        self._latest: dict[TopicPartition, asyncio.Task[Appended]] = {}
+        self._running = False
+
+    async def start(self) -> None:
+        """Connect and get leave to produce.
+
+        Raises:
+            BrokerUnavailableError: nothing answers, or it refuses us.
+        """
+        self._client = await self._connect()
+        self._running = True
+        try:
+            self._first = await self._new_identity()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _connect(self) -> Any:
+        client = AIOKafkaClient(**self._options)
+        action = f"cannot connect to Kafka at {self._settings.bootstrap_servers}"
+        with reasons_logged() as reasons:
+            try:
+                async with asyncio.timeout(REQUEST_TIMEOUT):
+                    await client.bootstrap()
+            except FOREIGN as exc:
+                await close(client, client.close())
+                error = unavailable(action, exc)
+                why = f" ({reasons[-1]})" if reasons else ""
+                raise BrokerUnavailableError(f"{error}{why}") from exc
+            except BaseException:
+                await close(client, client.close())
+                raise
+        return client
+
+    async def stop(self) -> None:
+        """Close the connections; what is on its way ends as unknown. Never raises."""
+        self._running = False
+        for send in self._sends:
+            send.cancel()
+        if self._sends:
+            await asyncio.wait(self._sends, timeout=CLOSE_TIMEOUT)
+        client, self._client = self._client, None
+        self._identities.clear()
+        self._latest.clear()
+        if client is not None:
+            await close(client, client.close())
+
+    async def client(self) -> Any:
+        """Return a client that works, in place of one whose tasks were cancelled a new one.
+
+        Raises:
+            BrokerUnavailableError: it is stopped, or no new one could connect.
+        """
+        if not self._running:
+            msg = "the connection to Kafka is closed"
+            raise BrokerUnavailableError(msg)
+        client = self._client
+        if not _is_dead(client):
+            return client
+        async with self._connecting:
+            if self._client is client:
+                _logger.warning("the connection to Kafka was cut from inside; connecting again")
+                self._client = await self._connect()
+                await close(client, client.close())
+        return self._client
+
+    def send(
+        self, topic: str, partition: int, records: Sequence[Outgoing]
+    ) -> asyncio.Future[Appended]:
+        """Append a batch; see `Transport.send`."""
+        loop = asyncio.get_running_loop()
+        appended: asyncio.Future[Appended] = loop.create_future()
+        place = TopicPartition(topic, partition)
+        send = loop.create_task(self._append(place, records, self._latest.get(place)))
+        self._latest[place] = send
+        self._sends.add(send)
+
+        def settle(send: asyncio.Task[Appended]) -> None:
+            self._sends.discard(send)
+            error = _unsent(topic) if send.cancelled() else send.exception()
+            if appended.done():
+                return
+            if error is None:
+                appended.set_result(send.result())
+            else:
+                appended.set_exception(error)
+
+        send.add_done_callback(settle)
+        return appended
+
+    async def _append(
+        self,
+        place: TopicPartition,
+        records: Sequence[Outgoing],
+        before: asyncio.Task[Appended] | None,
+    ) -> Appended:
+        """Send until the outcome is known, or can no more be known."""
+        try:
+            if before is not None and not before.done():
+                await asyncio.wait({before})  # whose caller does not wait for it any more
+            batch = _Batch(place, records, await self._identity(place), self._codec)
+            batch.deadline = asyncio.get_running_loop().time() + self._settings.delivery_timeout
+        except asyncio.CancelledError as exc:
+            raise _unsent(place.topic) from exc
+        while True:
+            try:
+                return await self._try(batch)
+            except DeliveryError as exc:
+                batch.unknown = batch.unknown or isinstance(exc, DeliveryUnknownError)
+                batch.tries += 1
+                if not exc.retriable or (batch.tries > _TRIES and not batch.unknown):
+                    raise
+                self._check_time(batch, exc)
+            except asyncio.CancelledError as exc:
+                batch.unknown = batch.unknown or batch.sent
+                self._outlive(batch, exc)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(_PAUSE)
+
+    def _check_time(self, batch: _Batch, error: DeliveryError) -> None:
+        """Give up on a batch, and on its sequence, when its time is over."""
+        if self._running and asyncio.get_running_loop().time() < batch.deadline:
+            return
+        if not batch.unknown:
+            raise error
+        self._identities[batch.place] = None
+        raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
+
+    def _outlive(self, batch: _Batch, error: asyncio.CancelledError) -> None:
+        """Go on when it was not us who cancelled: a loop that closes cancels every task at once."""
+        if self._running:
+            return
+        if batch.unknown:
+            raise DeliveryUnknownError(batch.place.topic, "the broker stopped") from error
+        raise _unsent(batch.place.topic) from error
+
+    async def _identity(self, place: TopicPartition) -> _Identity:
+        """Return what the next batch of a partition is known by; a new one after a loss."""
+        identity = self._identities.get(place, self._first)
+        try:
+            if identity is None:
+                identity = await self._new_identity()
+        except BrokerUnavailableError as exc:
+            raise DeliveryError(place.topic, str(exc), retriable=True) from exc
+        if identity is self._first:
+            identity = _Identity(identity.producer_id, identity.epoch)
+        self._identities[place] = identity
+        return identity
+
+    async def _new_identity(self) -> _Identity:
+        client = await self.client()
+        with translated("Kafka gives no leave to produce"):
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                request = InitProducerIdRequest(None, 0)
+                answer = await client.send(client.get_random_node(), request)
+                if answer.error_code:
+                    raise kafka.for_code(answer.error_code)
+        return _Identity(answer.producer_id, answer.producer_epoch)
+
+    async def _try(self, batch: _Batch) -> Appended:
+        """Send a batch once.
+
+        Raises:
+            DeliveryError: this time it did not get into the log.
+            DeliveryUnknownError: it may be in the log.
+        """
+        topic = batch.place.topic
+        try:
+            client, leader = await self._leader(batch.place)
+        except (BrokerUnavailableError, *FOREIGN) as exc:
+            raise DeliveryError(topic, describe(exc), retriable=True) from exc
+        batch.sent = True
+        try:
+            answer = await client.send(leader, _request(batch))
+        except FOREIGN as exc:
+            client.force_metadata_update()
+            raise DeliveryUnknownError(topic, describe(exc)) from exc
+        return self._outcome(batch, client, answer)
+
+    async def _leader(self, place: TopicPartition) -> tuple[Any, int]:
+        """Return the client, and the node that leads a partition, connected."""
+        client = await self.client()
+        leader = client.cluster.leader_for_partition(place)
+        if leader is None or leader == -1:
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                await client.force_metadata_update()
+            leader = client.cluster.leader_for_partition(place)
+        if leader is None or leader == -1:
+            raise kafka.LeaderNotAvailableError(place)
+        if not await client.ready(leader):
+            raise kafka.NodeNotReadyError(leader)
+        return client, leader
+
+    def _outcome(self, batch: _Batch, client: Any, answer: Any) -> Appended:
+        """Read the answer to a batch; raises as `_try`."""
+        _, code, offset, timestamp, *_ = answer.topics[0][1][0]
+        kind = kafka.for_code(code)
+        if kind in (kafka.NoError, kafka.DuplicateSequenceNumber):
+            batch.identity.sequence += batch.count
+            return Appended(offset, timestamp if timestamp != -1 else batch.built_at)
+        error = kind(batch.place.topic)
+        client.force_metadata_update()
+        if isinstance(error, _MAY_HAVE_APPENDED):
+            raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
+        if isinstance(error, _IDENTITY_LOST):
+            self._identities[batch.place] = None
+            batch.deadline = 0.0
+            raise DeliveryError(batch.place.topic, describe(error), retriable=True) from error
+        raise undelivered(batch.place.topic, error) from error
+
+
+def _is_dead(client: Any) -> bool:
+    """Return whether the task that keeps the metadata was cancelled; nobody is told."""
+    keeper = client._sync_task  # noqa: SLF001  # no public sign of it
+    return keeper is None or keeper.done() or keeper.cancelling() > 0
+
+
+def _unsent(topic: str) -> DeliveryError:
+    """Return the error of a batch that was cancelled before it left."""
+    return DeliveryError(topic, "it was not sent before the broker stopped", retriable=True)
+
+
+def _request(batch: _Batch) -> ProduceRequest:
+    topic, partition = batch.place
+    milliseconds = int(REQUEST_TIMEOUT * 1000)
+    topics = [(topic, [(partition, batch.buffer)])]
+    return ProduceRequest(None, _ALL_REPLICAS, milliseconds, topics)
