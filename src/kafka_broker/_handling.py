@@ -52,7 +52,10 @@ class Handling:
         except EventDecodeError as exc:
             _logger.error("%s", exc)  # noqa: TRY400  # the traceback would quote the payload
             return self._bury(record, exc)
-        if self._router is None or self._is_reply(event):
+        if self._is_reply(event):
+            self._storage.put_reply(event.correlation_id, record)
+            return None
+        if self._router is None:
             return await self._storage.offer(event)
         request = event._request  # noqa: SLF001  # kept from the user's eyes only
         if request and request.deadline and request.deadline <= self._transport.now():
@@ -62,17 +65,17 @@ class Handling:
         return await self._handle(self._router, event, record)
 
     def _is_reply(self, event: EventObject[Any]) -> bool:
-        """Return whether a peer without reply headers answered to our topic what we wait for."""
-        return event.status != PENDING and self._storage.waits_for(event.correlation_id)
+        """Return whether a peer without reply headers, a kafka-broker 0.4, answers to our topic."""
+        if event.event != RESPOND or event.status == PENDING:
+            return False
+        unbound = self._router is None or self._router.match(RESPOND) is None
+        return unbound or self._storage.waits_for(event.correlation_id)
 
     async def _handle(
         self, router: EventRouter, event: EventObject[Any], record: Record
     ) -> Ending | None:
         handler = router.match(event.event)
         if handler is None:
-            if event.event == RESPOND and event.status != PENDING:
-                self._metrics.count("replies_late")
-                return None
             return self._fail(event, record, NoHandlerError(event.event, event.correlation_id))
         try:
             result = await handler.call(event, self._limiter)

@@ -158,6 +158,7 @@ class BrokerManager:
             deadline = self._run.transport.now() + timeout
             useless_after = self._run.loop.time() + timeout
         correlation_id = event.correlation_id
+        storage.begin(correlation_id)
         record = Outgoing(
             _bytes(key, correlation_id),
             _wire.encode(event, self.settings.module),

@@ -195,6 +195,11 @@ class ConsumerStorage:
         self.release(slot)
         return _read(arrival)
 
+    def begin(self, correlation_id: str) -> None:
+        """Take replies under this id again: a new event with it has been produced."""
+        self._ended.discard(correlation_id)
+        self._ended_before.discard(correlation_id)
+
     def release(self, slot: Slot) -> None:
         """Close a slot, whatever became of its wait."""
         if slot.expiry is not None:

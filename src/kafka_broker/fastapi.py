@@ -17,7 +17,7 @@ from kafka_broker.errors import BrokerClosedError
 __all__ = ["Broker"]
 
 
-def _running_broker(connection: HTTPConnection) -> BrokerManager:
+async def _running_broker(connection: HTTPConnection) -> BrokerManager:
     broker = getattr(connection.state, "broker", None)
     if not isinstance(broker, BrokerManager):
         msg = (

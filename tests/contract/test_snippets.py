@@ -11,7 +11,7 @@ import uuid
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel

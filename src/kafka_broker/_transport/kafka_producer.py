@@ -73,6 +73,10 @@ _MAY_HAVE_APPENDED: Final = (
 )
 
 
+_Answer = tuple[int, int, int]
+"""Of one partition: the error code, the first offset, the timestamp in milliseconds or -1."""
+
+
 class _Identity:
     """What makes a batch of one partition known to Kafka, so that it is appended once."""
 
@@ -157,6 +161,7 @@ class KafkaProducer:
         self._identities: dict[TopicPartition, _Identity | None] = {}
         self._sends: set[asyncio.Task[Appended]] = set()
         self._latest: dict[TopicPartition, asyncio.Task[Appended]] = {}
+        self._leaving: dict[int, dict[_Batch, asyncio.Future[_Answer]]] = {}
         self._running = False
 
     async def start(self) -> None:
@@ -329,11 +334,37 @@ class KafkaProducer:
             raise DeliveryError(topic, describe(exc), retriable=True) from exc
         batch.sent = True
         try:
-            answer = await client.send(leader, _request(batch))
+            answer = await self._carry(client, leader, batch)
         except FOREIGN as exc:
             client.force_metadata_update()
             raise DeliveryUnknownError(topic, describe(exc)) from exc
         return self._outcome(batch, client, answer)
+
+    async def _carry(self, client: Any, leader: int, batch: _Batch) -> _Answer:
+        """Send a batch together with all that go to the same node in this turn of the loop."""
+        companions = self._leaving.get(leader)
+        if companions is not None:
+            answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+            companions[batch] = answer
+            return await answer
+        companions = self._leaving[leader] = {}
+        try:
+            await asyncio.sleep(0)
+        finally:
+            del self._leaving[leader]
+        try:
+            response = await client.send(leader, _request([batch, *companions]))
+        except BaseException as exc:
+            error = exc if isinstance(exc, FOREIGN) else kafka.KafkaConnectionError("cut off")
+            for answer in companions.values():
+                if not answer.done():
+                    answer.set_exception(error)
+            raise
+        answers = _answers(response)
+        for companion, answer in companions.items():
+            if not answer.done():
+                answer.set_result(answers[companion.place])
+        return answers[batch.place]
 
     async def _leader(self, place: TopicPartition) -> tuple[Any, int]:
         """Return the client, and the node that leads a partition, connected."""
@@ -349,9 +380,9 @@ class KafkaProducer:
             raise kafka.NodeNotReadyError(leader)
         return client, leader
 
-    def _outcome(self, batch: _Batch, client: Any, answer: Any) -> Appended:
+    def _outcome(self, batch: _Batch, client: Any, answer: _Answer) -> Appended:
         """Read the answer to a batch; raises as `_try`."""
-        _, code, offset, timestamp, *_ = answer.topics[0][1][0]
+        code, offset, timestamp = answer
         kind = kafka.for_code(code)
         if kind in (kafka.NoError, kafka.DuplicateSequenceNumber):
             batch.identity.sequence += batch.count
@@ -378,8 +409,18 @@ def _unsent(topic: str) -> DeliveryError:
     return DeliveryError(topic, "it was not sent before the broker stopped", retriable=True)
 
 
-def _request(batch: _Batch) -> ProduceRequest:
-    topic, partition = batch.place
+def _request(batches: Sequence[_Batch]) -> ProduceRequest:
+    topics: dict[str, list[tuple[int, bytes]]] = {}
+    for batch in batches:
+        topics.setdefault(batch.place.topic, []).append((batch.place.partition, batch.buffer))
     milliseconds = int(REQUEST_TIMEOUT * 1000)
-    topics = [(topic, [(partition, batch.buffer)])]
-    return ProduceRequest(None, _ALL_REPLICAS, milliseconds, topics)
+    return ProduceRequest(None, _ALL_REPLICAS, milliseconds, list(topics.items()))
+
+
+def _answers(response: Any) -> dict[TopicPartition, _Answer]:
+    """Return what a response says of each partition."""
+    return {
+        TopicPartition(topic, partition): (code, offset, timestamp)
+        for topic, partitions in response.topics
+        for partition, code, offset, timestamp, *_ in partitions
+    }
