@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("kafka_broker.dispatch")
 
 _BACKOFF: Final = (0.1, 5.0)
+_TURN: Final = 50
 
 
 class Dispatcher:
@@ -84,9 +85,11 @@ class Dispatcher:
             try:
                 if self._subscription is None:
                     await self.open()
-                for record in await self._fetch(self._subscription):
+                for number, record in enumerate(await self._fetch(self._subscription), 1):
                     if not await self._step(record):
                         break
+                    if number % _TURN == 0:
+                        await asyncio.sleep(0)  # let replies leave while the next are made
                 await self._commit_if_due()
                 await asyncio.sleep(0)  # neither a full buffer nor a handler need suspend
                 pause = _BACKOFF[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
@@ -36,7 +36,8 @@ class Request:
         deadline: seconds since the epoch after which no reply is of use.
         awaited: whether somebody surely waits, so that ``None`` is a reply too.
         enveloped: whether the peer speaks in envelopes; else its reply is bare data.
-        reply: the delivery of the answer, once there is one.
+        handed_on: the delivery of the answer, or of the event that went on to the next module.
+        answered: whether that was the answer: it is answered once.
     """
 
     topic: str
@@ -46,7 +47,8 @@ class Request:
     deadline: float | None = None
     awaited: bool = False
     enveloped: bool = True
-    reply: Ending | None = None
+    handed_on: Ending | None = None
+    answered: bool = False
 
 
 class Hop(BaseModel):
@@ -56,7 +58,7 @@ class Hop(BaseModel):
     the data; what a peer wrote there is kept.
     """
 
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     location: str
     event: str = ""
@@ -79,7 +81,7 @@ class EventObject(BaseModel, Generic[Data]):
     ``EventObject[Model]`` is an event whose data is that pydantic model.
     """
 
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     correlation_id: Annotated[str, BeforeValidator(_text)] = Field(default_factory=_new_id)
     """Ties a reply to its request; a UUID is taken as its text. A new UUID unless given."""

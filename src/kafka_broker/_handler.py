@@ -103,7 +103,7 @@ class Handler:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.name = _function_name(function)
+        self.name: str = _function_name(function)
         if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
             self._refuse("is a generator; return the reply instead")
         if not callable(function) or inspect.isclass(function):

@@ -91,8 +91,8 @@ class Handling:
         request = event._request  # noqa: SLF001  # as above
         if request is None:
             return None
-        if result is None and (request.reply is not None or not request.awaited):
-            return request.reply
+        if request.answered or (result is None and (request.handed_on or not request.awaited)):
+            return request.handed_on
         if isinstance(result, EventObject):
             result = result.data
         return self.reply(event, result)
@@ -113,9 +113,10 @@ class Handling:
             _wire.encode_reply(answer, request, self._settings.module),
             _wire.reply_headers(request),
         )
-        request.reply = delivery = self._outbox.put(
+        request.handed_on = delivery = self._outbox.put(
             request.topic, record, partition=request.partition, urgent=True
         )
+        request.answered = True
         return delivery
 
     def _fail(self, event: EventObject[Any], record: Record, error: BaseException) -> Ending:
@@ -132,8 +133,7 @@ class Handling:
         )
         self._metrics.count("events_failed")
         request = event._request  # noqa: SLF001  # as above
-        answer: Delivery | None = None
-        if request is not None:
+        if request is not None and not request.answered:
             problem = _wire.problem(error, event, self._settings.module)
             answer = self.reply(event, problem, status=ERROR)
             if request.awaited:

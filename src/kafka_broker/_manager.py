@@ -125,7 +125,9 @@ class BrokerManager:
         request = event._request  # noqa: SLF001  # kept from the user's eyes only
         if request is None:
             return self._send(topic, event, key=key)
-        if event.event == RESPOND and event.audit_log and topic == event.audit_log[0].location:
+        origin = event.audit_log[0].location if event.audit_log else None
+        is_answer = event.event == RESPOND and topic == origin
+        if is_answer:
             status = COMPLETED if event.status == PENDING else event.status
             answer = _wire.reply_to(event, event.data, status=status)
             value = _wire.encode_reply(answer, request, self.settings.module)
@@ -141,7 +143,8 @@ class BrokerManager:
         delivery = self._open_outbox().put(
             topic, record, keyed=key is not None, partition=partition
         )
-        request.reply = delivery
+        request.handed_on = delivery
+        request.answered = request.answered or is_answer
         return delivery
 
     def _send(
@@ -243,6 +246,7 @@ class BrokerManager:
         asked: EventObject[Any] = EventObject(event=event, data=data)
         storage = self.consumer_storage
         slot = storage.expect(asked.correlation_id, seconds)
+        self._metrics.count("requests_sent")
         try:
             delivery = self._send(topic, asked, timeout=seconds)
         except BaseException:
@@ -423,4 +427,4 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
             restore()
 
 
-broker_manager = BrokerManager()
+broker_manager: BrokerManager = BrokerManager()

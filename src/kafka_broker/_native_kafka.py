@@ -109,11 +109,11 @@ class NativeKafka(AbstractContextManager["NativeKafka"]):
         if not _jar_cache().is_dir():
             _maven()
         self._report = report
-        self.properties = dict(properties or {})
+        self.properties: dict[str, str] = dict(properties or {})
         self._broker_port, self._controller_port = _free_ports(2)
         self._process: WatchedProcess | None = None
-        self.bootstrap_servers = f"127.0.0.1:{self._broker_port}"
-        self.data_directory = Path(tempfile.gettempdir()) / f"kafka-broker-{uuid4().hex}"
+        self.bootstrap_servers: str = f"127.0.0.1:{self._broker_port}"
+        self.data_directory: Path = Path(tempfile.gettempdir()) / f"kafka-broker-{uuid4().hex}"
 
     def __exit__(self, *_: object) -> None:
         """End the node and delete its data."""

@@ -73,8 +73,8 @@ class Delivery:
     )
 
     def __init__(self, outbox: Outbox, topic: str, record: Outgoing, partition: int | None) -> None:
-        self.topic = topic
-        self.partition = partition
+        self.topic: str = topic
+        self.partition: int | None = partition
         self.offset: int | None = None
         self.timestamp: float | None = None
         self._outbox = outbox
@@ -125,7 +125,7 @@ class Delivery:
 def _size_of(record: Outgoing) -> int:
     size = _RECORD_OVERHEAD + len(record.key or b"") + len(record.value or b"")
     for name, value in record.headers:
-        size += len(name) + len(value)
+        size += len(name) + len(value or b"")
     return size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -28,7 +28,7 @@ class BrokerSettings(BaseSettings):
     Times are seconds, sizes are bytes. An argument wins over the environment.
     """
 
-    model_config = SettingsConfigDict(
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
         env_prefix="KAFKA_BROKER_", frozen=True, extra="forbid", hide_input_in_errors=True
     )
 

@@ -110,11 +110,10 @@ def reply_headers(request: Request) -> tuple[tuple[str, bytes], ...]:
     return (correlation, (INSTANCE, request.instance))
 
 
-def dead_letter_headers(record: Record, error: BaseException) -> tuple[tuple[str, bytes], ...]:
+def dead_letter_headers(record: Record, error: BaseException) -> Headers:
     """Return a record's own headers and after them where it came from and why it is dead."""
-    own = [(name, value) for name, value in record.headers if value is not None]
     origin = f"{record.topic}:{record.partition}:{record.offset}"
-    return (*own, (ORIGIN, origin.encode()), (FAILURE, type(error).__name__.encode()))
+    return (*record.headers, (ORIGIN, origin.encode()), (FAILURE, type(error).__name__.encode()))
 
 
 def named(headers: Headers) -> dict[str, bytes | None]:

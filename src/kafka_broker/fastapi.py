@@ -7,9 +7,9 @@ from typing import Annotated
 try:
     from fastapi import Depends
     from starlette.requests import HTTPConnection
-except ImportError as exc:
+except ImportError as _missing:
     msg = "kafka_broker.fastapi needs FastAPI: pip install 'kafka-broker-aio[fastapi]'"
-    raise ImportError(msg) from exc
+    raise ImportError(msg) from _missing
 
 from kafka_broker._manager import BrokerManager
 from kafka_broker.errors import BrokerClosedError

@@ -211,6 +211,40 @@ async def test_a_handler_that_produces_the_answer_is_not_answered_for(pair: Pair
     assert {} == await broker.consumer_storage.consume_all()
 
 
+@pytest.mark.parametrize("ends", ["returns", "raises"])
+async def test_an_answered_event_is_not_answered_again(pair: Pair, ends: str) -> None:
+    """After an answer by produce(), neither a returned value nor an exception is a second reply."""
+    broker, answering, router = pair
+
+    @router.bind_event("old")
+    async def old(event: EventObject) -> str:
+        event.data, event.event = "first", "respond"
+        answering.produce(broker.settings.module, event)
+        if ends == "raises":
+            raise LookupError
+        return "second"
+
+    router.bind_event("next")(lambda: "next")
+    event = EventObject(event="old")
+    module = answering.settings.module
+    await broker.produce(module, event, key="same")
+    assert "first" == (await broker.consumer_storage.consume(event.correlation_id, timeout=10)).data
+    await broker.produce(module, EventObject(correlation_id="next", event="next"), key="same")
+    assert "next" == (await broker.consumer_storage.consume("next", timeout=10)).data
+    assert {} == await broker.consumer_storage.consume_all()
+
+
+async def test_a_correlation_id_may_be_used_again(pair: Pair) -> None:
+    """The reply to a second event with an id that was waited for before is not taken for late."""
+    broker, answering, router = pair
+    router.bind_event("echo")(lambda event: event.data)
+    for n in range(2):
+        event = EventObject(correlation_id="again", event="echo", data=n)
+        await broker.produce(answering.settings.module, event)
+        await broker.consumer_storage.receive()
+        assert n == (await broker.consumer_storage.consume("again", timeout=10)).data
+
+
 async def test_an_event_that_goes_on_is_answered_by_the_last(bootstrap_servers: str) -> None:
     """A module that hands a request on leaves the answer to the next one."""
     async with _pair(bootstrap_servers) as (broker, middle, router):

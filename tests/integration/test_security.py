@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
-PASSWORD = "correct horse"  # noqa: S105  # of a Kafka that lives as long as the test
+PASSWORD = "correct horse"  # of a Kafka that lives as long as the test
 LOGIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
 
 

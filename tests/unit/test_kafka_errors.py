@@ -38,7 +38,7 @@ def test_every_error_is_translated(kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_failed_append_has_an_outcome(kind: type[Exception]) -> None:
-    """An append that failed is refused, to be tried again, or unknown; never silently one of them."""
+    """A failed append is refused, to be tried again, or unknown; never silently one of them."""
     ended = undelivered("t", kind())
     assert isinstance(ended, DeliveryError)
     assert "t" == ended.topic
@@ -65,7 +65,7 @@ _MAY_HAVE_APPENDED = (
     ],
 )
 def test_what_surely_was_not_appended(kind: type[Exception], *, retriable: bool) -> None:
-    """A refusal is final, a node that is not ready is tried again; both are surely not in the log."""
+    """A refusal is final, a node that is not ready is tried again; neither is in the log."""
     ended = undelivered("t", kind())
     assert (DeliveryError, retriable) == (type(ended), ended.retriable)
 

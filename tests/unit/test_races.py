@@ -327,10 +327,8 @@ async def test_a_thousand_in_flight_leave_nothing() -> None:
                 reply = await made.ask.request("answer", "echo", number, timeout=30)
                 assert number == reply.data
 
-        async with made.answer, made.ask:
-            async with _leaves_nothing(made.ask), asyncio.TaskGroup() as group:
-                for _ in range(1000):
-                    group.create_task(worker())
+        async with made.answer, made.ask, _leaves_nothing(made.ask):
+            await asyncio.gather(*(worker() for _ in range(1000)))
         gc.collect()
         return Counter(type(thing).__name__ for thing in gc.get_objects())
 

@@ -226,8 +226,8 @@ def test_every_wrong_setting_is_named_at_once() -> None:
 
 
 def test_an_unknown_setting_is_refused() -> None:
-    """A misspelled name must not be ignored, and its value not be shown."""
-    assert "pasword is not a setting" == refusal(pasword=SECRET)
+    """An unknown name must not be ignored, and its value not be shown."""
+    assert "passphrase is not a setting" == refusal(passphrase=SECRET)
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])

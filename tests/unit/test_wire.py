@@ -583,6 +583,7 @@ def test_a_dead_letter_keeps_its_headers_and_tells_why() -> None:
     headers = wire.dead_letter_headers(record, ValueError(SECRET))
     expected = (
         ("a", b"1"),
+        ("none", None),
         ("a", b"2"),
         (wire.ORIGIN, b"Orders:3:77"),
         (wire.FAILURE, b"ValueError"),

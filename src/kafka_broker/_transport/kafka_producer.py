@@ -349,7 +349,8 @@ class KafkaProducer:
             return await answer
         companions = self._leaving[leader] = {}
         try:
-            await asyncio.sleep(0)
+            if len(self._sends) > 1:
+                await asyncio.sleep(0)
         finally:
             del self._leaving[leader]
         try:
