@@ -217,6 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave it up until Ctrl-C")
     keep = parser.parse_args().keep
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without
     for number in (signal.SIGTERM, signal.SIGHUP):  # all that ends it is a Ctrl-C
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

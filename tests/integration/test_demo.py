@@ -56,17 +56,26 @@ def test_kept_until_interrupted(kafka: str) -> None:
         stdout=subprocess.PIPE,
         text=True,
     ) as kept:
-        assert kept.stdout is not None
-        output = ""
-        while "until Ctrl-C: open http://127.0.0.1:" not in output:
-            line = kept.stdout.readline()
-            assert line, output
-            output += line
-        services = [int(pid) for pid in PROCESS.findall(output)]
-        assert [True, True] == [alive(pid) for pid in services]
-        kept.send_signal(signal.SIGINT)
-        assert 0 == kept.wait(timeout=60)
+        try:
+            output = _until(kept, "until Ctrl-C: open http://127.0.0.1:")
+            services = [int(pid) for pid in PROCESS.findall(output)]
+            assert [True, True] == [alive(pid) for pid in services]
+            kept.send_signal(signal.SIGINT)
+            assert 0 == kept.wait(timeout=60)
+        finally:
+            kept.kill()
     assert not any(alive(pid) for pid in services)
+
+
+def _until(process: subprocess.Popen[str], text: str) -> str:
+    """Return what a process has printed as soon as *text* is in it."""
+    assert process.stdout is not None
+    output = ""
+    while text not in output:
+        line = process.stdout.readline()
+        assert line, output
+        output += line
+    return output
 
 
 @pytest.mark.integration
