@@ -29,6 +29,7 @@ pytestmark = pytest.mark.integration
 OWNER = """
 import signal
 from kafka_broker.testing import NativeKafka
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without
 with NativeKafka() as kafka:
     kafka.start()
     print(kafka.pid, kafka.bootstrap_servers, kafka.data_directory, flush=True)
@@ -160,7 +161,10 @@ def test_kafka_ends_with_its_owner(number: signal.Signals) -> None:
         pid, servers, directory = owner.stdout.readline().split()
         assert alive(int(pid))
         os.killpg(owner.pid, number)
-        owner.wait(timeout=10)
+        try:
+            owner.wait(timeout=10)
+        finally:
+            owner.kill()
     assert eventually(lambda: not alive(int(pid)), within=10)
     assert eventually(lambda: not Path(directory).exists(), within=10)
     assert not listening(servers)
