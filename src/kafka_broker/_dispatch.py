@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from kafka_broker._outbox import Delivery
+from kafka_broker._outbox import Burial, Delivery
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -85,11 +85,8 @@ class Dispatcher:
             try:
                 if self._subscription is None:
                     await self.open()
-                for number, record in enumerate(await self._fetch(self._subscription), 1):
-                    if not await self._step(record):
-                        break
-                    if number % _TURN == 0:
-                        await asyncio.sleep(0)  # let replies leave while the next are made
+                records = await self._fetch(self._subscription)
+                await self._handle_all(records, self._epoch)
                 await self._commit_if_due()
                 await asyncio.sleep(0)  # neither a full buffer nor a handler need suspend
                 pause = _BACKOFF[0]
@@ -142,11 +139,20 @@ class Dispatcher:
         finally:
             self._interruptible = False
 
-    async def _step(self, record: Record) -> bool:
-        """Handle one record; returns whether the next of its batch may be handled."""
-        if not self._ours.is_set():
+    async def _handle_all(self, records: Sequence[Record], epoch: int) -> None:
+        """Handle what was fetched in *epoch*, as long as that lasts."""
+        for number, record in enumerate(records, 1):
+            with self._interrupted_by_stop():
+                await self._outbox.room()
+                if number % _TURN == 0:
+                    await asyncio.sleep(0)  # let replies leave while the next are made
+            if self._stopping or not await self._step(record, epoch):
+                return
+
+    async def _step(self, record: Record, epoch: int) -> bool:
+        """Handle one record of *epoch*; returns whether the next one may be handled."""
+        if epoch != self._epoch or not self._ours.is_set():
             return False
-        epoch = self._epoch
         self._idle.clear()
         try:
             ending = await self._handle(record)
@@ -157,7 +163,7 @@ class Dispatcher:
         if not self._ours.is_set() or epoch != self._epoch:
             self._forget()
             return False
-        return not self._stopping
+        return True
 
     def _assigned(self, partitions: frozenset[int]) -> None:
         _logger.info("%s handles partitions %s", self._settings.module, sorted(partitions))
@@ -180,9 +186,10 @@ class Dispatcher:
 
     async def _replies_delivered(self, timeout: float) -> None:
         endings = [ending for waiting in self._waiting.values() for _, ending in waiting]
-        replies = [ending for ending in endings if isinstance(ending, Delivery)]
-        if replies:
-            await asyncio.wait(map(self._outbox.wait_for, replies), timeout=timeout)
+        endings = [end.delivery if isinstance(end, Burial) else end for end in endings]
+        waits = [self._outbox.wait_for(end) for end in endings if isinstance(end, Delivery)]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout)
 
     def _new_epoch(self) -> None:
         self._epoch += 1
@@ -221,9 +228,10 @@ class Dispatcher:
             return
         if commit:
             try:
-                await self._commit()
-            except BrokerUnavailableError as exc:
-                _logger.warning("the last offsets were not committed: %s", exc)
+                async with asyncio.timeout(self._settings.drain_timeout):
+                    await self._commit()
+            except (TimeoutError, BrokerUnavailableError) as exc:
+                _logger.warning("the last offsets were not committed: %r", exc)
         self._subscription = None
         self._new_epoch()
         self._forget()

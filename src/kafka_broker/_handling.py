@@ -6,8 +6,11 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from kafka_broker import _wire
 from kafka_broker._event import ERROR, PENDING, RESPOND, Ending, EventObject
+from kafka_broker._outbox import Burial
 from kafka_broker._transport import Outgoing
 from kafka_broker.errors import EventDecodeError, NoHandlerError
 
@@ -77,12 +80,15 @@ class Handling:
         handler = router.match(event.event)
         if handler is None:
             return self._fail(event, record, NoHandlerError(event.event, event.correlation_id))
+        cancelled_before = _cancellations()
         try:
             result = await handler.call(event, self._limiter)
             ending = self._answer(event, result)
-        except (Exception, asyncio.CancelledError) as exc:  # ends here, answered
-            if _we_are_cancelled():
+        except asyncio.CancelledError as exc:
+            if _cancellations() > cancelled_before:
                 raise
+            return self._fail(event, record, exc)
+        except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here, answered
             return self._fail(event, record, exc)
         self._metrics.count("events_handled")
         return ending
@@ -109,7 +115,7 @@ class Handling:
         assert request is not None  # noqa: S101  # whoever calls this has looked
         answer = _wire.reply_to(event, data, status=status)
         record = Outgoing(
-            event.correlation_id.encode(),
+            str(event.correlation_id).encode(),
             _wire.encode_reply(answer, request, self._settings.module),
             _wire.reply_headers(request),
         )
@@ -129,28 +135,43 @@ class Handling:
             where,
             event.correlation_id,
             error if expected else type(error).__name__,
-            exc_info=None if expected else error,
+            exc_info=None if expected else _traceback(error),
         )
         self._metrics.count("events_failed")
         request = event._request  # noqa: SLF001  # as above
         if request is not None and not request.answered:
-            problem = _wire.problem(error, event, self._settings.module)
-            answer = self.reply(event, problem, status=ERROR)
-            if request.awaited:
+            answer = self._answer_failure(event, error)
+            if answer is not None and request.awaited:
                 return answer
         return self._bury(record, error)
 
-    def _bury(self, record: Record, error: BaseException) -> Delivery:
+    def _answer_failure(self, event: EventObject[Any], error: BaseException) -> Delivery | None:
+        problem = _wire.problem(error, event, self._settings.module)
+        try:
+            return self.reply(event, problem, status=ERROR)
+        except Exception:
+            _logger.exception("event %r was changed so that it cannot be answered", event.event)
+            return None
+
+    def _bury(self, record: Record, error: BaseException) -> Burial:
         """Put a record into the dead-letter topic as it came, with its origin and the error."""
         self._metrics.count("events_dead_lettered")
         headers = _wire.dead_letter_headers(record, error)
         buried = Outgoing(record.key, record.value, headers)
-        return self._outbox.put(
-            self._settings.dead_letter_topic, buried, keyed=record.key is not None, urgent=True
-        )
+        return Burial(self._outbox, self._settings.dead_letter_topic, buried)
 
 
-def _we_are_cancelled() -> bool:
-    """Return whether our task is to end; else a CancelledError is the handler's own failure."""
+def _cancellations() -> int:
+    """Return how often our task was told to end: a CancelledError without one is the handler's."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return task.cancelling() if task is not None else 0
+
+
+def _traceback(error: BaseException) -> BaseException | None:
+    """Return what may be logged in full: pydantic's errors quote the data they refuse."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ValidationError):
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return error

@@ -9,6 +9,7 @@ import threading
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 from kafka_broker import _wire
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
@@ -70,6 +71,7 @@ class BrokerManager:
         self._making = threading.Lock()
         self._run: Run | None = None
         self._doors = 0
+        self._held = False
 
     @property
     def settings(self) -> BrokerSettings:
@@ -245,7 +247,7 @@ class BrokerManager:
             raise ConfigurationError(msg)
         asked: EventObject[Any] = EventObject(event=event, data=data)
         storage = self.consumer_storage
-        slot = storage.expect(asked.correlation_id, seconds)
+        slot = storage.expect(asked.correlation_id, seconds, replies_only=True)
         self._metrics.count("requests_sent")
         try:
             delivery = self._send(topic, asked, timeout=seconds)
@@ -274,31 +276,50 @@ class BrokerManager:
             BrokerUnavailableError: through the awaitable: Kafka did not answer, or refuses us.
             BrokerClosedError: through the awaitable: it was stopped as it started.
         """
-        loop = asyncio.get_running_loop()
+        before = self._run
+        started = self._start()
+        self._held = self._held or self._run is not before
+        return started
+
+    def _start(self) -> _Started:
         run = self._run
-        if run is None or run.over:
-            run = self._begin()
-        elif run.loop is not loop:
-            raise ConfigurationError(self._elsewhere())
-        return _Started(run)
+        if run is not None and not run.over:
+            if run.loop is not asyncio.get_running_loop():
+                raise ConfigurationError(self._elsewhere())
+            if not run.stopping:
+                return _Started(run)
+        return _Started(self._begin(run))
 
     def _elsewhere(self) -> str:
         return f"broker {self.settings.module!r} runs in another event loop; stop it there first"
 
-    def _begin(self) -> Run:
-        storage = self.consumer_storage
-        if self._outbox is not None and self._outbox.used:
-            self._outbox.close()
-            self._outbox = None
-        self._run = Run(self.settings, self.router, storage, self._open_outbox(), self._metrics)
+    def _begin(self, before: Run | None) -> Run:
+        """Make a new run, which waits for the end of one that is still stopping."""
+        storage, ended = self.consumer_storage, before is None or before.over
+        if before is not None:
+            if before.loop.is_closed():
+                storage.abandon()
+                before.outbox.close()
+            if self._outbox is before.outbox:
+                self._outbox = None
+            self._doors = 0 if ended else self._doors
+        after = None if ended else before
+        outbox = self._open_outbox()
+        self._run = Run(self.settings, self.router, storage, outbox, self._metrics, after=after)
         return self._run
 
     async def stop(self) -> None:
         """Stop: end handlers, commit, flush, fail the remaining waits. Stopping twice is fine.
 
-        Each step is bounded by ``drain_timeout``. Cancelling the call does not cancel the stop.
+        The handler that runs, its reply, the commit and the flush may take ``drain_timeout``
+        seconds each; closing the connections takes some seconds more when Kafka does not answer.
+        Cancelling the call does not cancel the stop.
+
+        Raises:
+            ConfigurationError: it runs in another event loop.
         """
         run = self._run
+        self._held = False
         if run is None or run.over:
             return
         if run.loop is not asyncio.get_running_loop():
@@ -335,13 +356,13 @@ class BrokerManager:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop, if nobody else has entered it; raises the bug that ended it before, if one did."""
+        """Stop, unless others use it; raises what ended it early, if anything did."""
         await self._leave()
         if error is None and self._run is not None and self._run.failure is not None:
             raise self._run.failure
 
     async def _enter(self) -> None:
-        started = self.init_consumer()
+        started = self._start()
         self._doors += 1
         try:
             await started
@@ -350,8 +371,8 @@ class BrokerManager:
             raise
 
     async def _leave(self) -> None:
-        self._doors -= 1
-        if self._doors == 0:
+        self._doors = max(0, self._doors - 1)
+        if self._doors == 0 and not self._held:
             await self.stop()
 
     @asynccontextmanager
@@ -385,6 +406,7 @@ class _Started:
         self._run = run
 
     def __await__(self) -> Generator[Any, Any, None]:
+        self._run.awaited = True
         yield from asyncio.wait({self._run.started}).__await__()
         self._run.started.result()
 
@@ -400,31 +422,58 @@ def _bytes(key: str | bytes | None, correlation_id: str) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
+_stops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Signals] = WeakKeyDictionary()
+
+
 @contextmanager
 def _signals(stop: Callable[[], None]) -> Iterator[None]:
     """Let SIGTERM and SIGINT call *stop*, the first time, where the platform allows it."""
-    loop = asyncio.get_running_loop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def once() -> None:
-        restore()
-        stop()
-
-    def restore() -> None:
-        while before:
-            number, handler = before.popitem()
-            loop.remove_signal_handler(number)
-            if handler is not None:
-                signal.signal(number, handler)
-
-    with suppress(NotImplementedError, ValueError, RuntimeError):
-        for number in before:
-            loop.add_signal_handler(number, once)
+    signals = _stops.setdefault(asyncio.get_running_loop(), _Signals())
+    signals.add(stop)
     try:
         yield
     finally:
+        signals.remove(stop)
+
+
+class _Signals:
+    """The two signals of one event loop, and all brokers that they stop."""
+
+    def __init__(self) -> None:
+        self._stops: list[Callable[[], None]] = []
+        self._before: dict[signal.Signals, Any] = {}
+
+    def add(self, stop: Callable[[], None]) -> None:
+        """Stop this one, too; the first takes the signals."""
+        self._stops.append(stop)
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        loop = asyncio.get_running_loop()
         with suppress(NotImplementedError, ValueError, RuntimeError):
-            restore()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.getsignal(number)
+                loop.add_signal_handler(number, self._stop_all)
+                self._before[number] = before
+
+    def remove(self, stop: Callable[[], None]) -> None:
+        """Leave this one alone; after the last the signals have their usual effect again."""
+        if stop in self._stops:
+            self._stops.remove(stop)
+        if not self._stops:
+            self._give_back()
+
+    def _stop_all(self) -> None:
+        self._give_back()
+        for stop in self._stops:
+            stop()
+
+    def _give_back(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._before:
+            number, before = self._before.popitem()
+            loop.remove_signal_handler(number)
+            if before is not None:
+                signal.signal(number, before)
 
 
 broker_manager: BrokerManager = BrokerManager()

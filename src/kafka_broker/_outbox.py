@@ -222,6 +222,7 @@ class Outbox:
         self._closed: str | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Future[None] | None = None
+        self._roomy = asyncio.Event()
         weakref.finalize(self, _report_unsent, self._arrived)
 
     def __len__(self) -> int:
@@ -300,6 +301,12 @@ class Outbox:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.get_ident()
             self._schedule()
+
+    async def room(self) -> None:
+        """Return when something more may be put."""
+        while self._is_full(0):
+            self._roomy.clear()
+            await self._roomy.wait()
 
     async def flush(self, timeout: float) -> None:
         """Return when everything has ended, or *timeout* seconds have passed."""
@@ -604,5 +611,39 @@ class Outbox:
         with self._lock:
             self._events -= 1
             self._bytes -= delivery._size
+        if not self._is_full(0):
+            self._roomy.set()
         if not self._events and self._emptied is not None and not self._emptied.done():
             self._emptied.set_result(None)
+
+
+class Burial:
+    """A record on its way to the dead-letter topic; done once it is there, however often it fails.
+
+    Until then its offset is not committed, so it is not lost when the broker stops before.
+    """
+
+    def __init__(self, outbox: Outbox, topic: str, record: Outgoing) -> None:
+        self._outbox = outbox
+        self._topic = topic
+        self._record = record
+        self.delivery = self._put()
+
+    def _put(self) -> Delivery:
+        keyed = self._record.key is not None
+        return self._outbox.put(
+            self._topic, self._record, keyed=keyed, urgent=True, on_failure=self._try_again
+        )
+
+    def _try_again(self, error: DeliveryError) -> bool:
+        _logger.error("a dead letter waits and holds its partition's commits back: %s", error)
+        asyncio.get_running_loop().call_later(_BACKOFF[1], self._put_again)
+        return True
+
+    def _put_again(self) -> None:
+        with suppress(BrokerClosedError):
+            self.delivery = self._put()
+
+    def done(self) -> bool:
+        """Return whether it is in the dead-letter topic."""
+        return self.delivery.offset is not None

@@ -13,7 +13,7 @@ from kafka_broker._dispatch import Dispatcher
 from kafka_broker._handling import Handling
 from kafka_broker._replies import ReplyInbox
 from kafka_broker._transport import TopicSpec
-from kafka_broker.errors import BrokerClosedError, BrokerUnavailableError
+from kafka_broker.errors import BrokerClosedError, BrokerError, BrokerUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -48,22 +48,25 @@ class Run:
     Attributes:
         loop: that loop.
         started: ends when the broker is ready, or in the error that kept it from starting.
-        ready: whether it takes part: connected, its reply partition positioned, not stopping.
         failure: what ended it, when that was not a stop.
+        awaited: whether somebody waits for its start, and so gets to know how that went.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the parts that outlive one run, and the run before
         self,
         settings: BrokerSettings,
         router: EventRouter | None,
         storage: ConsumerStorage,
         outbox: Outbox,
         metrics: Metrics,
+        *,
+        after: Run | None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = self.loop.create_future()
-        self.ready = False
         self.failure: BaseException | None = None
+        self.awaited = False
+        self._ready = False
         self.outbox = outbox
         self.transport = connect(settings)
         self.handling = Handling(settings, router, storage, metrics)
@@ -77,12 +80,24 @@ class Run:
             outbox=outbox,
             forget=storage.forget_events,
         )
-        storage.open()
+        self._after = after
+        if after is None:
+            storage.open()
         self._stopping = asyncio.Event()
         self._workers: dict[str, asyncio.Task[None]] = {}
         self._task = self.loop.create_task(
             self._supervise(), name=f"kafka_broker {settings.module}"
         )
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes part: connected, its reply partition positioned, not stopping."""
+        return self._ready and not self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._stopping.is_set()
 
     @property
     def over(self) -> bool:
@@ -99,8 +114,12 @@ class Run:
 
     async def _supervise(self) -> None:
         try:
+            if self._after is not None:
+                await self._after.wait_over()
+                self._after = None
+                self._storage.open()
             if await self._until_stopping(self._start()):
-                self.ready = True
+                self._ready = True
                 self.started.set_result(None)
                 await self._watch()
         except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001  # kept for whoever waits
@@ -115,7 +134,9 @@ class Run:
                 error if isinstance(error, Exception) else BrokerClosedError(STOPPED)
             )
         elif self.failure is not None:
-            _logger.critical("the broker stops because of a bug in it", exc_info=error)
+            _logger.critical("the broker stops because one of its tasks died", exc_info=error)
+        if not self.awaited and self.failure is not None:
+            _logger.critical("the broker did not start, and nobody waits for it: %s", error)
 
     async def _until_stopping(self, work: Coroutine[Any, Any, None]) -> bool:
         """Do *work* unless a stop comes first; returns whether it was done."""
@@ -213,11 +234,14 @@ class Run:
         finally:
             stopping.cancel()
         for worker in done - {stopping}:
+            if worker.cancelled():
+                msg = "one of the broker's own tasks was cancelled, perhaps by a handler"
+                raise BrokerError(msg)
             worker.result()
 
     async def _shut_down(self) -> None:
         """Stop in the order that loses and doubles nothing; every step has a deadline."""
-        self.ready = False
+        self._ready = False
         settings = self._settings
         why = STOPPED if self.failure is None else f"the broker failed: {self.failure!r}"
         try:

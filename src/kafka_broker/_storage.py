@@ -8,8 +8,14 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from kafka_broker import _wire
-from kafka_broker._event import EventObject
-from kafka_broker.errors import BrokerClosedError, BrokerError, DeliveryError, ReplyTimeoutError
+from kafka_broker._event import PENDING, EventObject
+from kafka_broker.errors import (
+    BrokerClosedError,
+    BrokerError,
+    ConfigurationError,
+    DeliveryError,
+    ReplyTimeoutError,
+)
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -69,10 +75,11 @@ class Arrival:
 class Slot(asyncio.Future[Arrival]):
     """One wait for one correlation id."""
 
-    __slots__ = ("correlation_id", "expiry", "timeout")
+    __slots__ = ("correlation_id", "expiry", "replies_only", "timeout")
 
     correlation_id: str
     expiry: asyncio.TimerHandle | None
+    replies_only: bool
     timeout: float
 
     def expire(self) -> None:
@@ -110,6 +117,8 @@ class ConsumerStorage:
         self._events: OrderedDict[Arrival, None] = OrderedDict()
         self._parked: OrderedDict[Arrival, None] = OrderedDict()
         self._expiry: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told_full = False
 
     async def receive(self) -> bool:
         """Wait until something new has arrived, move it into the storage and return True.
@@ -118,16 +127,26 @@ class ConsumerStorage:
             BrokerClosedError: the broker is not running, or stopped meanwhile.
         """
         while True:
-            if self._closed is not None:
-                raise BrokerClosedError(self._closed)
+            self._check_open()
             await self._news.wait()
             if await self.poll():
                 return True
 
-    async def poll(self) -> bool:
-        """Move what has arrived into the storage without waiting; returns whether anything came."""
+    def _check_open(self) -> None:
         if self._closed is not None:
-            return False
+            raise BrokerClosedError(self._closed)
+        if self._loop is not asyncio.get_running_loop():
+            msg = "the broker runs in another event loop: wait in that one"
+            raise ConfigurationError(msg)
+
+    async def poll(self) -> bool:
+        """Move what has arrived into the storage without waiting; returns whether anything came.
+
+        Raises:
+            BrokerClosedError: the broker is not running.
+            ConfigurationError: the broker runs in another event loop.
+        """
+        self._check_open()
         news = self._news.is_set()
         self._news.clear()
         self._move()
@@ -164,16 +183,29 @@ class ConsumerStorage:
             return _read(self._take(self._stored[key][0]))
         return await self.collect(self.expect(key, timeout))
 
-    def expect(self, correlation_id: str, timeout: float | Default | None = DEFAULT) -> Slot:
+    def expect(
+        self,
+        correlation_id: str,
+        timeout: float | Default | None = DEFAULT,
+        *,
+        replies_only: bool = False,
+    ) -> Slot:
         """Open a slot for *correlation_id*; whoever opens it has to `collect` or `release` it.
+
+        Args:
+            correlation_id: of what is waited for.
+            timeout: as `consume`.
+            replies_only: an event with this id that asks for something is no reply.
 
         Raises:
             BrokerClosedError: the broker is not running.
+            ConfigurationError: the broker runs in another event loop.
         """
-        if self._closed is not None:
-            raise BrokerClosedError(self._closed)
+        self._check_open()
+        self._room.set()  # the event that is waited for may be the one that waits for room
         loop = asyncio.get_running_loop()
         slot = Slot(loop=loop)
+        slot.replies_only = replies_only
         slot.correlation_id = correlation_id
         slot.timeout = self._timeout if isinstance(timeout, Default) else timeout or 0.0
         slot.expiry = None if timeout is None else loop.call_later(slot.timeout, slot.expire)
@@ -269,11 +301,21 @@ class ConsumerStorage:
     async def offer(self, event: EventObject[Any]) -> Arrival:
         """Add an event of the module's topic, as soon as there is room for it."""
         while len(self._events) >= self._limit and not self.waits_for(event.correlation_id):
+            self._tell_full()
             self._room.clear()
             await self._room.wait()
         arrival = Arrival(event.correlation_id, event)
         self._add_event(arrival)
         return arrival
+
+    def _tell_full(self) -> None:
+        if not self._told_full:
+            self._told_full = True
+            _logger.warning(
+                "%d events wait in the storage, so no more are fetched: consume them, give the "
+                "broker a router, or raise storage_events",
+                self._limit,
+            )
 
     def _add_event(self, arrival: Arrival) -> None:
         arrival.taken = False
@@ -302,8 +344,9 @@ class ConsumerStorage:
         return False
 
     def _hand_over(self, arrival: Arrival) -> bool:
+        asks = isinstance(arrival.content, EventObject) and arrival.content.status == PENDING
         for slot in self._slots.get(arrival.correlation_id, ()):
-            if not slot.done():
+            if not slot.done() and not (asks and slot.replies_only):
                 arrival.taken = True
                 slot.set_result(arrival)
                 return True
@@ -381,7 +424,13 @@ class ConsumerStorage:
     def open(self) -> None:
         """Begin to take arrivals and waits, in the running loop."""
         self._begin()
+        self._loop = asyncio.get_running_loop()
         self._closed = None
+
+    def abandon(self) -> None:
+        """Forget everything of an event loop that was closed without a stop."""
+        self._begin()
+        self._closed = "the event loop of the broker was closed"
 
     def close(self, why: str) -> None:
         """End every wait in `BrokerClosedError`; untaken events go back to Kafka."""

@@ -238,7 +238,7 @@ def _deadline(raw: bytes | None) -> float | None:
 def reply_to(event: EventObject[Any], data: object, *, status: str = COMPLETED) -> EventObject[Any]:
     """Return the reply to *event*: the same id and audit log, the event name ``respond``."""
     return EventObject.model_construct(
-        correlation_id=event.correlation_id,
+        correlation_id=str(event.correlation_id),
         event=RESPOND,
         data=data,
         status=status,

@@ -73,7 +73,7 @@ def record(value: bytes | None) -> MemoryRecord:
 
 
 @pytest.fixture
-def storage() -> Storage:
+async def storage() -> Storage:
     return Storage()
 
 
@@ -191,10 +191,11 @@ async def test_poll_tells_whether_anything_came(storage: Storage) -> None:
     assert await storage.poll() is False
 
 
-async def test_poll_without_a_broker_is_false(storage: Storage) -> None:
-    """Nothing can have come."""
+async def test_poll_without_a_broker_says_so(storage: Storage) -> None:
+    """Polling never waits; on a storage whose broker stopped it raises, as every wait does."""
     storage.close("the broker was stopped")
-    assert await storage.poll() is False
+    with pytest.raises(BrokerClosedError, match="was stopped"):
+        await storage.poll()
 
 
 # consume
@@ -342,7 +343,8 @@ async def test_nobody_can_wait_without_a_broker() -> None:
         await storage.consume("a")
     with pytest.raises(BrokerClosedError, match=NOT_RUNNING):
         await storage.receive()
-    assert {} == await storage.consume_all()
+    with pytest.raises(BrokerClosedError, match=NOT_RUNNING):
+        await storage.consume_all()
     storage.open()
     storage.close("the broker was stopped")
     with pytest.raises(BrokerClosedError, match="was stopped"):

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT: Final = 12.0
 """Seconds that one exchange with Kafka may take."""
+_OURS: Final = frozenset(
+    {"enable_auto_commit", "group_id", "key_deserializer", "loop", "value_deserializer"}
+)
 CLOSE_TIMEOUT: Final = 3.0
 """Seconds that a client may take to stop, before what it holds is taken away."""
 
@@ -161,6 +164,9 @@ def check_options(settings: BrokerSettings) -> None:
         for client in (AIOKafkaClient, AIOKafkaConsumer, AIOKafkaAdminClient)
         for name in inspect.signature(client).parameters
     }
+    if ours := sorted(settings.client_options.keys() & _OURS):
+        msg = f"client_options: {', '.join(ours)} cannot be changed: commits and replies rest on it"
+        raise ConfigurationError(msg)
     if unknown := sorted(settings.client_options.keys() - known - {"compression_type"}):
         msg = f"client_options: aiokafka does not know {', '.join(unknown)}"
         raise ConfigurationError(msg)
@@ -197,6 +203,9 @@ async def close(client: Any, stop: Awaitable[None]) -> None:
         task.cancel()
     if leftovers:
         await asyncio.wait(leftovers, timeout=1.0)
+    for task in leftovers:
+        if task.done() and not task.cancelled():
+            task.exception()  # retrieved: what a client says as it dies helps nobody
     if stopping.done() and not stopping.cancelled() and stopping.exception() is None:
         return
     connections = getattr(client, "_client", client)
