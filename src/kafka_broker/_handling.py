@@ -15,6 +15,8 @@ from kafka_broker._transport import Outgoing
 from kafka_broker.errors import EventDecodeError, NoHandlerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import anyio
 
     from kafka_broker._metrics import Metrics
@@ -42,9 +44,16 @@ class Handling:
         self._storage = storage
         self._metrics = metrics
 
-    def open(self, transport: Transport, outbox: Outbox, limiter: anyio.CapacityLimiter) -> None:
-        """Bind to the parts of one life of the broker."""
+    def open(
+        self,
+        transport: Transport,
+        outbox: Outbox,
+        limiter: anyio.CapacityLimiter,
+        ending: Callable[[], bool],
+    ) -> None:
+        """Bind to the parts of one run; *ending* tells whether its tasks are to end."""
         self._transport = transport
+        self._ending = ending
         self._outbox = outbox
         self._limiter = limiter
 
@@ -80,13 +89,13 @@ class Handling:
         handler = router.match(event.event)
         if handler is None:
             return self._fail(event, record, NoHandlerError(event.event, event.correlation_id))
-        cancelled_before = _cancellations()
         try:
             result = await handler.call(event, self._limiter)
             ending = self._answer(event, result)
         except asyncio.CancelledError as exc:
-            if _cancellations() > cancelled_before:
+            if self._ending():
                 raise
+            _uncancel()
             return self._fail(event, record, exc)
         except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here, answered
             return self._fail(event, record, exc)
@@ -161,10 +170,11 @@ class Handling:
         return Burial(self._outbox, self._settings.dead_letter_topic, buried)
 
 
-def _cancellations() -> int:
-    """Return how often our task was told to end: a CancelledError without one is the handler's."""
+def _uncancel() -> None:
+    """Take back what a handler did to the task that is not its own."""
     task = asyncio.current_task()
-    return task.cancelling() if task is not None else 0
+    while task is not None and task.cancelling():
+        task.uncancel()
 
 
 def _traceback(error: BaseException) -> BaseException | None:

@@ -517,7 +517,9 @@ class Outbox:
                     delivery._state = _SENT
                     batch.append(delivery)
                 else:
+                    delivery._on_failure = None
                     self._end(delivery, DeliveryError(lane.topic, "its deadline passed unsent"))
+                    delivery._noticed = True  # by the timeout of the one who asked
             lane.queue.popleft()
         return batch
 

@@ -104,6 +104,10 @@ class Run:
         """Whether nothing of it is left, or nothing can be: its loop was closed."""
         return self._task.done() or self.loop.is_closed()
 
+    def _is_ending(self) -> bool:
+        """Whether our tasks are cancelled for a reason: a stop, or a loop that closes."""
+        return self.stopping or self._task.cancelling() > 0 or self._task.done()
+
     def request_stop(self) -> None:
         """Begin to stop; returns at once."""
         self._stopping.set()
@@ -187,7 +191,7 @@ class Run:
         await self._inbox.open(self.transport)
         await self._dispatcher.open()
         limiter = anyio.CapacityLimiter(self._settings.concurrency)
-        self.handling.open(self.transport, self.outbox, limiter)
+        self.handling.open(self.transport, self.outbox, limiter, self._is_ending)
         self._workers = {
             "replies": self.loop.create_task(self._inbox.run(self.transport)),
             "dispatch": self.loop.create_task(self._dispatcher.run()),

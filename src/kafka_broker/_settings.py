@@ -89,6 +89,14 @@ class BrokerSettings(BaseSettings):
     client_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Handed to aiokafka untouched, to each client that knows the option."""
 
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        if "://" in value and not value.startswith("memory://"):
+            msg = "must be host:port, several with commas between, without a scheme"
+            raise ValueError(msg)
+        return value
+
     @field_validator("module", "group_id")
     @classmethod
     def _legal_name(cls, value: str) -> str:

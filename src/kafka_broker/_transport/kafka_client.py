@@ -89,7 +89,10 @@ def unavailable(action: str, error: BaseException, hint: str = "") -> BrokerUnav
     if isinstance(error, _FORBIDDEN):
         hint = hint or "grant the missing permission (ACL) to this user"
     elif isinstance(error, _LOCKED_OUT):
-        hint = hint or "check bootstrap_servers, security_protocol and the credentials"
+        hint = hint or (
+            "check bootstrap_servers, security_protocol and the credentials "
+            "(bootstrap_servers=memory:// needs no Kafka)"
+        )
     return BrokerUnavailableError(f"{action}: {describe(error)}" + (f"; {hint}" if hint else ""))
 
 

@@ -271,7 +271,8 @@ class KafkaProducer:
             except DeliveryError as exc:
                 batch.unknown = batch.unknown or isinstance(exc, DeliveryUnknownError)
                 batch.tries += 1
-                if not exc.retriable or (batch.tries > _TRIES and not batch.unknown):
+                patient = batch.sent and batch.tries <= _TRIES
+                if not exc.retriable or not (patient or batch.unknown):
                     raise
                 self._check_time(batch, exc)
             except asyncio.CancelledError as exc:
