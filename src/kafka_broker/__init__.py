@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from kafka_broker._delivery import Delivery
 from kafka_broker._event import EventObject
 from kafka_broker._manager import BrokerManager, broker_manager
 from kafka_broker._metrics import Metrics
-from kafka_broker._outbox import Delivery
 from kafka_broker._router import EventRouter
 from kafka_broker._settings import BrokerSettings
 from kafka_broker._storage import ConsumerStorage

@@ -12,7 +12,8 @@ from collections import defaultdict, deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from kafka_broker._outbox import Burial, Delivery
+from kafka_broker._delivery import Delivery
+from kafka_broker._outbox import Burial
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _logger = logging.getLogger("kafka_broker.dispatch")
 
 _BACKOFF: Final = (0.1, 5.0)
 _TURN: Final = 50
+_DRAIN_SHARE: Final = 0.8
+"""Of the rebalance timeout; the rest is for the commit to travel and the group to settle."""
 
 
 class Dispatcher:
@@ -37,7 +40,7 @@ class Dispatcher:
 
     Args:
         handle: what happens to a record; its offset waits for the ending that is returned.
-        outbox: knows when a reply has been delivered.
+        outbox: nothing is handled while it is full.
         forget: called when events that were handed on are another replica's from now on.
     """
 
@@ -121,7 +124,7 @@ class Dispatcher:
         with self._interrupted_by_stop():
             await self._ours.wait()
             return await subscription.fetch() if subscription else ()
-        return ()
+        return ()  # reached when a stop has cut the wait
 
     async def _rest(self, seconds: float) -> None:
         with self._interrupted_by_stop():
@@ -174,9 +177,9 @@ class Dispatcher:
         self._ours.clear()
         self._forget()
         try:
-            async with asyncio.timeout(self._settings.rebalance_timeout * 0.8):
+            async with asyncio.timeout(self._settings.rebalance_timeout * _DRAIN_SHARE):
                 await self._idle.wait()
-                await self._replies_delivered(self._settings.rebalance_timeout * 0.4)
+                await self._replies_delivered(self._settings.rebalance_timeout * _DRAIN_SHARE / 2)
                 await self._commit()
         except (TimeoutError, BrokerUnavailableError) as exc:
             _logger.warning("partitions move before their events ended: %r", exc)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     import anyio
 
+    from kafka_broker._delivery import Delivery
     from kafka_broker._metrics import Metrics
-    from kafka_broker._outbox import Delivery, Outbox
+    from kafka_broker._outbox import Outbox
     from kafka_broker._router import EventRouter
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._storage import ConsumerStorage

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import math
-import signal
 import threading
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
-from weakref import WeakKeyDictionary
 
 from kafka_broker import _wire
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
 from kafka_broker._handler import Payload
 from kafka_broker._metrics import Metrics
-from kafka_broker._outbox import Delivery, Outbox
+from kafka_broker._outbox import Outbox
 from kafka_broker._run import Run
 from kafka_broker._settings import BrokerSettings, load_settings
-from kafka_broker._storage import DEFAULT, ConsumerStorage, Default
+from kafka_broker._signals import stopped_by_signals
+from kafka_broker._slots import DEFAULT, Default
+from kafka_broker._storage import ConsumerStorage
 from kafka_broker._transport import Outgoing
 from kafka_broker.errors import BrokerClosedError, ConfigurationError, ReplyTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
     from types import TracebackType
 
+    from kafka_broker._delivery import Delivery
     from kafka_broker._router import EventRouter
 
 Reply = TypeVar("Reply")
@@ -87,15 +88,16 @@ class BrokerManager:
     @property
     def consumer_storage(self) -> ConsumerStorage:
         """What has arrived and was not taken yet, and the waits for what has not arrived."""
-        if self._storage is None:
-            settings = self.settings
-            self._storage = ConsumerStorage(
-                timeout=settings.reply_timeout,
-                ttl=settings.reply_ttl,
-                limit=settings.storage_events,
-                metrics=self._metrics,
-            )
-        return self._storage
+        with self._making:
+            if self._storage is None:
+                settings = self.settings
+                self._storage = ConsumerStorage(
+                    timeout=settings.reply_timeout,
+                    ttl=settings.reply_ttl,
+                    limit=settings.storage_events,
+                    metrics=self._metrics,
+                )
+            return self._storage
 
     @property
     def ready(self) -> bool:
@@ -248,12 +250,12 @@ class BrokerManager:
         asked: EventObject[Any] = EventObject(event=event, data=data)
         storage = self.consumer_storage
         slot = storage.expect(asked.correlation_id, seconds, replies_only=True)
-        self._metrics.count("requests_sent")
         try:
             delivery = self._send(topic, asked, timeout=seconds)
         except BaseException:
             storage.release(slot)
             raise
+        self._metrics.count("requests_sent")
         try:
             reply = await storage.collect(slot)
         except (ReplyTimeoutError, BrokerClosedError, asyncio.CancelledError) as exc:
@@ -340,7 +342,7 @@ class BrokerManager:
         if run is None:
             msg = "the broker is not running: start it first"
             raise BrokerClosedError(msg)
-        with _signals(run.request_stop):
+        with stopped_by_signals(run.request_stop):
             await run.wait_over()
         if run.failure is not None:
             raise run.failure
@@ -420,60 +422,6 @@ def _bytes(key: str | bytes | None, correlation_id: str) -> bytes:
     if key is None:
         return correlation_id.encode()
     return key.encode() if isinstance(key, str) else key
-
-
-_stops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Signals] = WeakKeyDictionary()
-
-
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT call *stop*, the first time, where the platform allows it."""
-    signals = _stops.setdefault(asyncio.get_running_loop(), _Signals())
-    signals.add(stop)
-    try:
-        yield
-    finally:
-        signals.remove(stop)
-
-
-class _Signals:
-    """The two signals of one event loop, and all brokers that they stop."""
-
-    def __init__(self) -> None:
-        self._stops: list[Callable[[], None]] = []
-        self._before: dict[signal.Signals, Any] = {}
-
-    def add(self, stop: Callable[[], None]) -> None:
-        """Stop this one, too; the first takes the signals."""
-        self._stops.append(stop)
-        if self._before or threading.current_thread() is not threading.main_thread():
-            return
-        loop = asyncio.get_running_loop()
-        with suppress(NotImplementedError, ValueError, RuntimeError):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before = signal.getsignal(number)
-                loop.add_signal_handler(number, self._stop_all)
-                self._before[number] = before
-
-    def remove(self, stop: Callable[[], None]) -> None:
-        """Leave this one alone; after the last the signals have their usual effect again."""
-        if stop in self._stops:
-            self._stops.remove(stop)
-        if not self._stops:
-            self._give_back()
-
-    def _stop_all(self) -> None:
-        self._give_back()
-        for stop in self._stops:
-            stop()
-
-    def _give_back(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._before:
-            number, before = self._before.popitem()
-            loop.remove_signal_handler(number)
-            if before is not None:
-                signal.signal(number, before)
 
 
 broker_manager: BrokerManager = BrokerManager()

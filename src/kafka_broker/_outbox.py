@@ -13,9 +13,10 @@ import weakref
 import zlib
 from collections import deque
 from contextlib import suppress
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
+from kafka_broker._delivery import ENDED, SENT, WAITING, Delivery, murmur2, wake
 from kafka_broker._transport import Appended, Outgoing, Transport
 from kafka_broker.errors import (
     BrokerClosedError,
@@ -26,137 +27,16 @@ from kafka_broker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from kafka_broker._metrics import Metrics
 
 _logger = logging.getLogger("kafka_broker.outbox")
 
 BATCH_BYTES: Final = 64 * 1024
-_RECORD_OVERHEAD: Final = 24
 _BACKOFF: Final = (0.05, 1.0)
 _LOOK_AGAIN: Final = 60.0
 _NOT_TAKEN: Final = "Kafka has not taken it yet"
-
-_WAITING, _SENT, _ENDED = range(3)
-
-
-class Delivery:
-    """What became of one produced event. Await it for its place in the log, or drop it.
-
-    A failure that nobody awaits is logged.
-
-    Attributes:
-        topic: where it goes.
-        partition: where it is, None until it is known.
-        offset: where it is, None until Kafka has acknowledged it.
-        timestamp: seconds since the epoch, None until Kafka has acknowledged it.
-    """
-
-    __slots__ = (
-        "_addressed",
-        "_by_correlation_id",
-        "_error",
-        "_expires",
-        "_noticed",
-        "_on_failure",
-        "_outbox",
-        "_record",
-        "_size",
-        "_state",
-        "_useless_after",
-        "_waiters",
-        "offset",
-        "partition",
-        "timestamp",
-        "topic",
-    )
-
-    def __init__(self, outbox: Outbox, topic: str, record: Outgoing, partition: int | None) -> None:
-        self.topic: str = topic
-        self.partition: int | None = partition
-        self.offset: int | None = None
-        self.timestamp: float | None = None
-        self._outbox = outbox
-        self._record: Outgoing | None = record
-        self._size = _size_of(record)
-        self._by_correlation_id = True
-        self._addressed = False
-        self._expires = 0.0
-        self._useless_after: float | None = None
-        self._state = _WAITING
-        self._error: DeliveryError | None = None
-        self._noticed = False
-        self._on_failure: Callable[[DeliveryError], bool] | None = None
-        self._waiters: list[asyncio.Future[None]] = []
-
-    def done(self) -> bool:
-        """Return whether it ended, well or not."""
-        return self._state is _ENDED
-
-    def __await__(self) -> Generator[Any, None, Delivery]:
-        """Wait until Kafka has acknowledged the event; returns this delivery.
-
-        Raises:
-            DeliveryError: it is not in the log.
-            DeliveryUnknownError: it may be in the log.
-        """
-        if self._state is not _ENDED:
-            yield from self._outbox.wait_for(self).__await__()
-        self._noticed = True
-        if self._error is not None:
-            # a batch shares it: its traceback would grow with each raise
-            raise self._error.with_traceback(None)
-        return self
-
-    def _end(self, error: DeliveryError | None) -> None:
-        self._state, self._error, self._record = _ENDED, error, None
-        if self._on_failure is not None and error is not None:
-            self._noticed = self._on_failure(error)
-        self._on_failure = None
-        for waiter in self._waiters:
-            _wake(waiter)
-
-    def __del__(self) -> None:
-        if self._error is not None and not self._noticed:
-            _logger.error("an event was lost: %s", self._error)
-
-
-def _size_of(record: Outgoing) -> int:
-    size = _RECORD_OVERHEAD + len(record.key or b"") + len(record.value or b"")
-    for name, value in record.headers:
-        size += len(name) + len(value or b"")
-    return size
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    """Wake a waiter in whichever loop it waits; one whose loop is gone no longer waits."""
-
-    def set_result() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    loop = waiter.get_loop()
-    if asyncio._get_running_loop() is loop:
-        set_result()
-        return
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(set_result)
-
-
-@lru_cache(maxsize=4096)
-def murmur2(key: bytes) -> int:
-    """Return the hash by which Kafka's Java client chooses the partition of a key, 31 bits."""
-    mask, mix, length = 0xFFFFFFFF, 0x5BD1E995, len(key)
-    state = 0x9747B28C ^ length
-    whole = length & ~3
-    for at in range(0, whole, 4):
-        word = int.from_bytes(key[at : at + 4], "little") * mix & mask
-        state = (state * mix & mask) ^ ((word ^ word >> 24) * mix & mask)
-    if whole < length:
-        state = (state ^ int.from_bytes(key[whole:], "little")) * mix & mask
-    state = (state ^ state >> 13) * mix & mask
-    return (state ^ state >> 15) & 0x7FFFFFFF
 
 
 class _Lane:
@@ -229,11 +109,6 @@ class Outbox:
         """Return how many events wait for their end."""
         return self._events
 
-    @property
-    def used(self) -> bool:
-        """Whether it was opened or closed before: it serves one life of a broker."""
-        return self._thread != 0 or self._closed is not None
-
     def put(  # noqa: PLR0913  # what one event can ask for
         self,
         topic: str,
@@ -263,7 +138,7 @@ class Outbox:
             BrokerClosedError: the broker has stopped.
         """
         delivery = Delivery(self, topic, record, partition)
-        delivery._by_correlation_id = not keyed
+        delivery._keyed = keyed
         delivery._addressed = addressed
         delivery._useless_after = useless_after
         delivery._on_failure = on_failure
@@ -350,7 +225,7 @@ class Outbox:
 
     def withdraw(self, delivery: Delivery) -> DeliveryError | None:
         """Give up an event that was not sent yet; returns why it was not, or None if it was."""
-        if delivery._state is not _WAITING:
+        if delivery._state is not WAITING:
             return None
         topic = self._topics.get(delivery.topic)
         lane = topic.lanes.get(delivery.partition or 0) if topic else None
@@ -359,7 +234,6 @@ class Outbox:
         delivery._noticed = True
         delivery._on_failure = None
         self._end(delivery, error)
-        delivery._noticed = True
         return error
 
     def wait_for(self, delivery: Delivery) -> asyncio.Future[None]:
@@ -367,8 +241,8 @@ class Outbox:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         delivery._waiters.append(waiter)
-        if delivery._state is _ENDED:
-            _wake(waiter)
+        if delivery._state is ENDED:
+            wake(waiter)
         elif self._loop is None:
             self._bound_wait(loop, waiter, delivery)
         return waiter
@@ -379,7 +253,7 @@ class Outbox:
         """End a wait that began before the start, in case the start never comes."""
 
         def give_up() -> None:
-            if self._loop is None and delivery._state is _WAITING:
+            if self._loop is None and delivery._state is WAITING:
                 reason = f"the broker was not started within {self._timeout:g} s"
                 self._end(delivery, DeliveryError(delivery.topic, reason, retriable=True))
 
@@ -401,7 +275,7 @@ class Outbox:
         touched: dict[_Lane, None] = {}
         while self._arrived:
             delivery = self._arrived.popleft()
-            if delivery._state is _ENDED:
+            if delivery._state is ENDED:
                 continue
             delivery._expires = now + self._timeout
             if delivery._addressed and delivery._record is not None:
@@ -425,7 +299,7 @@ class Outbox:
             return None
         if delivery.partition is None:
             key = (delivery._record and delivery._record.key) or b""
-            number = zlib.crc32(key) if delivery._by_correlation_id else murmur2(key)
+            number = murmur2(key) if delivery._keyed else zlib.crc32(key)
             delivery.partition = number % topic.count
         elif delivery.partition >= topic.count:
             return None
@@ -481,7 +355,7 @@ class Outbox:
         waiting, topic.waiting = topic.waiting, deque()
         lanes: dict[_Lane, None] = {}
         for delivery in waiting:
-            if delivery._state is _ENDED:
+            if delivery._state is ENDED:
                 continue
             if (lane := self._lane(topic, delivery)) is not None:
                 lane.queue.append(delivery)
@@ -509,12 +383,12 @@ class Outbox:
         size = 0
         while lane.queue:
             delivery = lane.queue[0]
-            if delivery._state is not _ENDED:
+            if delivery._state is not ENDED:
                 size += delivery._size
                 if batch and size > BATCH_BYTES:
                     break
                 if delivery._useless_after is None or delivery._useless_after > now:
-                    delivery._state = _SENT
+                    delivery._state = SENT
                     batch.append(delivery)
                 else:
                     delivery._on_failure = None
@@ -550,15 +424,15 @@ class Outbox:
     def _settle(self, batch: list[Delivery], appended: Appended) -> None:
         timestamp = appended.timestamp / 1000
         for offset, delivery in enumerate(batch, appended.offset):
-            if delivery._state is not _ENDED:
+            if delivery._state is not ENDED:
                 delivery.offset, delivery.timestamp = offset, timestamp
                 self._end(delivery, None)
 
     def _put_back(self, lane: _Lane, batch: list[Delivery], error: DeliveryError) -> None:
         """Queue a batch again that is surely not in the log, and rest a little."""
-        again = [delivery for delivery in batch if delivery._state is not _ENDED]
+        again = [delivery for delivery in batch if delivery._state is not ENDED]
         for delivery in again:
-            delivery._state = _WAITING
+            delivery._state = WAITING
         lane.queue.extendleft(reversed(again))
         lane.reason = str(error)
         if self._loop is None:
@@ -585,7 +459,7 @@ class Outbox:
                     if delivery._expires <= now:
                         reason = f"no acknowledgement within {self._timeout:g} s"
                         self._end(delivery, DeliveryUnknownError(lane.topic, reason))
-                    elif delivery._state is not _ENDED:
+                    elif delivery._state is not ENDED:
                         earliest = min(earliest, delivery._expires)
                 earliest = min(earliest, self._expire(lane.queue, now, lane.reason))
         if self._events:
@@ -593,7 +467,7 @@ class Outbox:
 
     def _expire(self, queue: deque[Delivery], now: float, reason: str) -> float:
         """End the expired head of a queue; returns when the next one expires."""
-        while queue and (queue[0]._expires <= now or queue[0]._state is _ENDED):
+        while queue and (queue[0]._expires <= now or queue[0]._state is ENDED):
             delivery = queue.popleft()
             text = f"not sent within {self._timeout:g} s: {reason}"
             self._end(delivery, DeliveryError(delivery.topic, text, retriable=True))
@@ -606,7 +480,7 @@ class Outbox:
 
     def _end(self, delivery: Delivery, error: DeliveryError | None) -> None:
         """End a delivery once; every delivery passes here exactly once."""
-        if delivery._state is _ENDED:
+        if delivery._state is ENDED:
             return
         delivery._end(error)
         self._metrics.count("events_undelivered" if error else "events_delivered")

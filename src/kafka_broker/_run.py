@@ -64,19 +64,19 @@ class Run:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = self.loop.create_future()
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self.awaited = False
         self._ready = False
         self.outbox = outbox
         self.transport = connect(settings)
-        self.handling = Handling(settings, router, storage, metrics)
+        self._handling = Handling(settings, router, storage, metrics)
         self._settings = settings
         self._storage = storage
         self._inbox = ReplyInbox(settings.reply_topic, settings.instance, storage, metrics)
         self._dispatcher = Dispatcher(
             settings,
             self.transport,
-            handle=self.handling,
+            handle=self._handling,
             outbox=outbox,
             forget=storage.forget_events,
         )
@@ -133,13 +133,12 @@ class Run:
     def _note(self, error: BaseException) -> None:
         """Keep what ended this run for those who wait; what nobody will see is logged."""
         self.failure = error if isinstance(error, Exception) else None
-        if not self.started.done():
-            self.started.set_exception(
-                error if isinstance(error, Exception) else BrokerClosedError(STOPPED)
-            )
-        elif self.failure is not None:
-            _logger.critical("the broker stops because one of its tasks died", exc_info=error)
-        if not self.awaited and self.failure is not None:
+        if self.started.done():
+            if self.failure is not None:
+                _logger.critical("the broker stops because one of its tasks died", exc_info=error)
+            return
+        self.started.set_exception(self.failure or BrokerClosedError(STOPPED))
+        if self.failure is not None and not self.awaited:
             _logger.critical("the broker did not start, and nobody waits for it: %s", error)
 
     async def _until_stopping(self, work: Coroutine[Any, Any, None]) -> bool:
@@ -172,8 +171,10 @@ class Run:
                 async with asyncio.timeout_at(deadline):
                     await self._connect()
             except TimeoutError as exc:
+                if refusal is not None:
+                    raise refusal from refusal.__cause__
                 msg = f"Kafka did not answer within {self._settings.start_timeout:g} s"
-                raise refusal or BrokerUnavailableError(msg) from exc
+                raise BrokerUnavailableError(msg) from exc
             except BrokerUnavailableError as exc:
                 if self.loop.time() + pause > deadline:
                     raise
@@ -191,7 +192,7 @@ class Run:
         await self._inbox.open(self.transport)
         await self._dispatcher.open()
         limiter = anyio.CapacityLimiter(self._settings.concurrency)
-        self.handling.open(self.transport, self.outbox, limiter, self._is_ending)
+        self._handling.open(self.transport, self.outbox, limiter, self._is_ending)
         self._workers = {
             "replies": self.loop.create_task(self._inbox.run(self.transport)),
             "dispatch": self.loop.create_task(self._dispatcher.run()),

@@ -57,9 +57,9 @@ class BrokerSettings(BaseSettings):
     reply_timeout: Seconds = 30.0
     """How long ``consume()`` and ``request()`` wait unless told otherwise."""
     drain_timeout: Seconds = 10.0
-    """How long a stop waits for handlers, and again for what was produced."""
+    """How long each step of a stop may take: handler, reply, commit, what was produced."""
     rebalance_timeout: Seconds = 25.0
-    """How long a rebalance waits for handlers before the partition moves."""
+    """How long a rebalance may take; most of it is left to the running handler."""
     session_timeout: Seconds = 30.0
     """How long Kafka waits for a silent replica before its partitions move."""
     commit_interval: Seconds = 1.0

@@ -15,7 +15,8 @@ BrokerError
 └ EventDecodeError (ValueError)        the bytes are not what the handler asked for
 ```
 
-The error of a client library is always the ``__cause__``; no text ever quotes a payload.
+The error of a client library is the ``__cause__``; of an event that was tried until its time was
+over, the text names the last one. No text ever quotes a payload.
 """
 
 from __future__ import annotations

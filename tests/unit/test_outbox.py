@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kafka_broker._metrics import Counted, Metrics
-from kafka_broker._outbox import BATCH_BYTES, Delivery, Outbox, murmur2
+from kafka_broker._delivery import Delivery, murmur2
+from kafka_broker._outbox import BATCH_BYTES, Outbox
 from kafka_broker._transport import Appended, Outgoing
 from kafka_broker.errors import (
     BrokerClosedError,
@@ -967,15 +968,6 @@ async def test_closing_what_was_never_opened_ends_everything_too() -> None:
     outbox.close()
     assert [DeliveryError, DeliveryError] == [type(error) for error in await ends(deliveries)]
     outbox.close()
-
-
-async def test_an_outbox_serves_one_life() -> None:
-    """It is used once it was opened or refused."""
-    assert not new_outbox().used
-    assert new_outbox(FakeKafka()).used
-    outbox = new_outbox()
-    outbox.refuse("no")
-    assert outbox.used
 
 
 # Who gets to know

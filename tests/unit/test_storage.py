@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from kafka_broker import _wire as wire
 from kafka_broker._event import EventObject
 from kafka_broker._metrics import Counted, Metrics
-from kafka_broker._storage import Arrival, ConsumerStorage, Slot
+from kafka_broker._slots import Arrival, Slot
+from kafka_broker._storage import ConsumerStorage
 from kafka_broker._transport.memory_log import MemoryRecord
 from kafka_broker.errors import (
     BrokerClosedError,

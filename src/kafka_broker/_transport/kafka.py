@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kafka_broker._transport import Appended, OnAssigned, OnRevoked, Outgoing, TopicSpec
 
 _DAY_MS: Final = 24 * 3600 * 1000
+"""aiokafka takes slow handlers for dead members; heartbeats tell better."""
 
 
 class KafkaTransport:

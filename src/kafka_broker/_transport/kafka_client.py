@@ -176,7 +176,7 @@ def check_options(settings: BrokerSettings) -> None:
 
 
 def tasks_of(client: Any) -> Iterator[asyncio.Future[Any]]:
-    """Yield the background tasks of an aiokafka client: private names, all in this one place."""
+    """Yield the background tasks of an aiokafka client: private names; ADR 0007 lists them all."""
     coordinator = getattr(client, "_coordinator", None)
     fetcher = getattr(client, "_fetcher", None)
     owners = [

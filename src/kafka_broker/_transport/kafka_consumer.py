@@ -15,7 +15,6 @@ from kafka_broker._transport.kafka_client import (
     REQUEST_TIMEOUT,
     close,
     options,
-    tasks_of,
     unavailable,
 )
 from kafka_broker.errors import BrokerUnavailableError
@@ -68,10 +67,10 @@ class _Consumer:
 
     def _check_alive(self) -> None:
         """Notice what aiokafka keeps to itself: after its fetch task died it is silent for ever."""
-        for task in tasks_of(self._consumer):
-            if task.done() and task is self._consumer._fetcher._fetch_task:  # noqa: SLF001
-                msg = "the fetch task of the consumer died"
-                raise BrokerUnavailableError(msg)
+        fetching = self._consumer._fetcher._fetch_task  # noqa: SLF001  # no public sign of it
+        if fetching.done():
+            msg = "the fetch task of the consumer died"
+            raise BrokerUnavailableError(msg)
 
     async def close(self) -> None:
         """Stop the consumer; see `Reader.close`."""

@@ -395,7 +395,7 @@ class KafkaProducer:
             raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
         if isinstance(error, _IDENTITY_LOST):
             self._identities[batch.place] = None
-            batch.deadline = 0.0
+            batch.deadline = 0.0  # its bytes carry the lost identity; it has to be built anew
             raise DeliveryError(batch.place.topic, describe(error), retriable=True) from error
         raise undelivered(batch.place.topic, error) from error
 
