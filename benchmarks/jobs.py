@@ -182,10 +182,10 @@ async def _left(broker: BrokerManager) -> dict[str, int]:
     await asyncio.sleep(0.1)
     storage: Any = broker.consumer_storage
     coroutines: list[Any] = [task.get_coro() for task in asyncio.all_tasks()]
-    timers: list[Any] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # noqa: SLF001
-    callbacks = [timer._callback for timer in timers if not timer.cancelled()]  # noqa: SLF001
+    timers: list[Any] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # noqa: SLF001  # no public list
+    callbacks = [timer._callback for timer in timers if not timer.cancelled()]  # noqa: SLF001  # nor of these
     return {
-        "slots": len(storage._slots) + len(storage),  # noqa: SLF001
+        "slots": storage.waiting + len(storage),
         "tasks": sum("aiokafka" not in each.cr_code.co_filename for each in coroutines),
         "timers": sum(each.__module__.startswith("kafka_broker") for each in callbacks),
     }

@@ -176,7 +176,7 @@ async def in_memory(*, keep: bool) -> None:
     os.environ["KAFKA_BROKER_BOOTSTRAP_SERVERS"] = "memory://"
     os.environ["KAFKA_BROKER_MODULE"] = "Orders"
     import orders  # noqa: PLC0415 - not needed in this process otherwise
-    import payments  # noqa: PLC0415
+    import payments  # noqa: PLC0415 - the same
 
     server = uvicorn.Server(uvicorn.Config(orders.app, log_level="warning"))
     # Named as TCP, asyncio sends without delay what comes through it.

@@ -145,10 +145,10 @@ class Dispatcher:
     async def _handle_all(self, records: Sequence[Record], epoch: int) -> None:
         """Handle what was fetched in *epoch*, as long as that lasts."""
         for number, record in enumerate(records, 1):
-            with self._interrupted_by_stop():
-                await self._outbox.room()
-                if number % _TURN == 0:
+            if number % _TURN == 0 or self._outbox.full:
+                with self._interrupted_by_stop():
                     await asyncio.sleep(0)  # let replies leave while the next are made
+                    await self._outbox.room()
             if self._stopping or not await self._step(record, epoch):
                 return
 

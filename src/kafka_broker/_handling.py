@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from kafka_broker import _wire
-from kafka_broker._event import ERROR, PENDING, RESPOND, Ending, EventObject
+from kafka_broker._event import COMPLETED, ERROR, PENDING, RESPOND, Ending, EventObject
 from kafka_broker._outbox import Burial
 from kafka_broker._transport import Outgoing
 from kafka_broker.errors import EventDecodeError, NoHandlerError
@@ -75,7 +75,22 @@ class Handling:
             self._metrics.count("events_expired")
             _logger.debug("event %r came after its deadline and is not handled", event.event)
             return None
-        return await self._handle(self._router, event, record)
+        ending = await self._handle(self._router, event, record)
+        await self._take_back_cancellations()
+        return ending
+
+    async def _take_back_cancellations(self) -> None:
+        """Undo what a handler did to the task that is not its own, also as it returned."""
+        task = asyncio.current_task()
+        if task is None or not task.cancelling() or self._ending():
+            return
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if self._ending():
+                raise
+        while task.cancelling():
+            task.uncancel()
 
     def _is_reply(self, event: EventObject[Any]) -> bool:
         """Return whether a peer without reply headers, a kafka-broker 0.4, answers to our topic."""
@@ -96,7 +111,6 @@ class Handling:
         except asyncio.CancelledError as exc:
             if self._ending():
                 raise
-            _uncancel()
             return self._fail(event, record, exc)
         except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here, answered
             return self._fail(event, record, exc)
@@ -111,11 +125,9 @@ class Handling:
             return request.handed_on
         if isinstance(result, EventObject):
             result = result.data
-        return self.reply(event, result)
+        return self._reply(event, result)
 
-    def reply(
-        self, event: EventObject[Any], data: object, *, status: str = "completed"
-    ) -> Delivery:
+    def _reply(self, event: EventObject[Any], data: object, *, status: str = COMPLETED) -> Delivery:
         """Send the answer to *event*, which remembers it: it is answered once.
 
         Raises:
@@ -156,9 +168,9 @@ class Handling:
         return self._bury(record, error)
 
     def _answer_failure(self, event: EventObject[Any], error: BaseException) -> Delivery | None:
-        problem = _wire.problem(error, event, self._settings.module)
         try:
-            return self.reply(event, problem, status=ERROR)
+            problem = _wire.problem(error, event, self._settings.module)
+            return self._reply(event, problem, status=ERROR)
         except Exception:
             _logger.exception("event %r was changed so that it cannot be answered", event.event)
             return None
@@ -171,18 +183,17 @@ class Handling:
         return Burial(self._outbox, self._settings.dead_letter_topic, buried)
 
 
-def _uncancel() -> None:
-    """Take back what a handler did to the task that is not its own."""
-    task = asyncio.current_task()
-    while task is not None and task.cancelling():
-        task.uncancel()
-
-
 def _traceback(error: BaseException) -> BaseException | None:
     """Return what may be logged in full: pydantic's errors quote the data they refuse."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ValidationError):
+    seen: dict[int, BaseException] = {}  # a chain of causes may bite its own tail
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        one = ahead.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, ValidationError):
             return None
-        seen = seen.__cause__ or seen.__context__
+        seen[id(one)] = one
+        ahead += [one.__cause__, one.__context__]
+        ahead += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
     return error

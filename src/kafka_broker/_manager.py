@@ -305,6 +305,7 @@ class BrokerManager:
             if self._outbox is before.outbox:
                 self._outbox = None
             self._doors = 0 if ended else self._doors
+            self._held = False
         after = None if ended else before
         outbox = self._open_outbox()
         self._run = Run(self.settings, self.router, storage, outbox, self._metrics, after=after)
@@ -336,12 +337,15 @@ class BrokerManager:
 
         Raises:
             BrokerClosedError: it is not running.
+            ConfigurationError: it runs in another event loop.
             Exception: whatever bug of ours ended it.
         """
         run = self._run
-        if run is None:
+        if run is None or run.loop.is_closed():
             msg = "the broker is not running: start it first"
             raise BrokerClosedError(msg)
+        if run.loop is not asyncio.get_running_loop():
+            raise ConfigurationError(self._elsewhere())
         with stopped_by_signals(run.request_stop):
             await run.wait_over()
         if run.failure is not None:

@@ -184,7 +184,7 @@ def _java() -> str:
     if java is None:
         raise NoKafkaError("Java: `java` not found")
     command = [java, "-version"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # java
     version = re.search(r'version "((\d+)[^"]*)"', answer.stderr)
     if version is None:  # macOS has a stub in place of Java
         raise NoKafkaError("Java: `java -version` does not answer with a version")

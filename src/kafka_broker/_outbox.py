@@ -177,9 +177,14 @@ class Outbox:
             self._thread = threading.get_ident()
             self._schedule()
 
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that `put` refuses what is not urgent."""
+        return self._is_full(0)
+
     async def room(self) -> None:
         """Return when something more may be put."""
-        while self._is_full(0):
+        while self.full:
             self._roomy.clear()
             await self._roomy.wait()
 

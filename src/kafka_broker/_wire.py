@@ -282,7 +282,7 @@ def error_of(reply: EventObject[Any]) -> RequestError | None:
     status = body.get("status")
     return RemoteError(
         reply.correlation_id,
-        status=status if isinstance(status, int) and 400 <= status <= 599 else 500,  # noqa: PLR2004
+        status=status if isinstance(status, int) and 400 <= status <= 599 else 500,  # noqa: PLR2004  # errors
         code=code,
         detail=str(body.get("detail", "no detail was given")),
     )

@@ -20,8 +20,8 @@ from aiokafka.partitioner import DefaultPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kafka_broker._metrics import Counted, Metrics
 from kafka_broker._delivery import Delivery, murmur2
+from kafka_broker._metrics import Counted, Metrics
 from kafka_broker._outbox import BATCH_BYTES, Outbox
 from kafka_broker._transport import Appended, Outgoing
 from kafka_broker.errors import (
