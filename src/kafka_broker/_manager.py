@@ -143,7 +143,7 @@ class BrokerManager:
         else:
             value = _wire.encode(event, self.settings.module)
             headers, partition = _wire.forward_headers(request), None
-        record = Outgoing(_bytes(key, event.correlation_id), value, headers)
+        record = Outgoing(_bytes(key, str(event.correlation_id)), value, headers)
         delivery = self._open_outbox().put(
             topic, record, keyed=key is not None, partition=partition
         )
@@ -164,7 +164,7 @@ class BrokerManager:
         if timeout is not None and self._run is not None:
             deadline = self._run.transport.now() + timeout
             useless_after = self._run.loop.time() + timeout
-        correlation_id = event.correlation_id
+        correlation_id = str(event.correlation_id)  # a UUID may have been assigned
         storage.begin(correlation_id)
         record = Outgoing(
             _bytes(key, correlation_id),

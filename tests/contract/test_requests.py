@@ -234,6 +234,16 @@ async def test_an_answered_event_is_not_answered_again(pair: Pair, ends: str) ->
     assert {} == await broker.consumer_storage.consume_all()
 
 
+async def test_a_uuid_may_be_assigned(pair: Pair) -> None:
+    """An id that was assigned as a UUID is sent and waited for as its text."""
+    broker, answering, router = pair
+    router.bind_event("echo")(lambda event: event.data)
+    event = EventObject(event="echo", data=1)
+    event.correlation_id = given = uuid.uuid4()  # type: ignore[assignment]  # users do
+    broker.produce(answering.settings.module, event)
+    assert 1 == (await broker.consumer_storage.consume(given, timeout=10)).data
+
+
 async def test_a_correlation_id_may_be_used_again(pair: Pair) -> None:
     """The reply to a second event with an id that was waited for before is not taken for late."""
     broker, answering, router = pair

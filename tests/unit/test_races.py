@@ -334,4 +334,5 @@ async def test_a_thousand_in_flight_leave_nothing() -> None:
 
     watched = ("Slot", "Arrival", "Delivery", "Task", "TimerHandle", "Request", "Hop")
     before, after = await rounds(), await rounds()
-    assert dict.fromkeys(watched, 0) == {name: after[name] - before[name] for name in watched}
+    grown = {name: max(0, after[name] - before[name]) for name in watched}  # others may go
+    assert dict.fromkeys(watched, 0) == grown
