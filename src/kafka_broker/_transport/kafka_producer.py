@@ -67,6 +67,7 @@ _IDENTITY_LOST: Final = (
     kafka.ProducerFenced,
 )
 _MAY_HAVE_APPENDED: Final = (
+    kafka.NotLeaderForPartitionError,  # also when it lost the lead while the replicas copied
     kafka.RequestTimedOutError,
     kafka.NotEnoughReplicasAfterAppendError,
     kafka.KafkaStorageError,
@@ -225,6 +226,12 @@ class KafkaProducer:
                 _logger.warning("the connection to Kafka was cut from inside; connecting again")
                 self._client = await self._connect()
                 await close(client, client.close())
+                if not self._running:  # stopped meanwhile
+                    client, self._client = self._client, None
+                    await close(client, client.close())
+        if self._client is None:
+            msg = "the connection to Kafka is closed"
+            raise BrokerUnavailableError(msg)
         return self._client
 
     def send(
@@ -240,6 +247,8 @@ class KafkaProducer:
 
         def settle(send: asyncio.Task[Appended]) -> None:
             self._sends.discard(send)
+            if self._latest.get(place) is send:
+                del self._latest[place]
             error = _unsent(topic) if send.cancelled() else send.exception()
             if appended.done():
                 return
@@ -272,12 +281,17 @@ class KafkaProducer:
                 batch.unknown = batch.unknown or isinstance(exc, DeliveryUnknownError)
                 batch.tries += 1
                 patient = batch.sent and batch.tries <= _TRIES
-                if not exc.retriable or not (patient or batch.unknown):
+                if not batch.unknown and not (exc.retriable and patient):
                     raise
+                if not exc.retriable:
+                    batch.deadline = 0.0  # refused now, but an earlier try may be in the log
                 self._check_time(batch, exc)
             except asyncio.CancelledError as exc:
                 batch.unknown = batch.unknown or batch.sent
                 self._outlive(batch, exc)
+            except Exception as exc:
+                self._identities[place] = None
+                raise DeliveryUnknownError(place.topic, describe(exc)) from exc
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(_PAUSE)
 
@@ -350,19 +364,19 @@ class KafkaProducer:
             return await answer
         companions = self._leaving[leader] = {}
         try:
-            if len(self._sends) > 1:
-                await asyncio.sleep(0)
-        finally:
-            del self._leaving[leader]
-        try:
-            response = await client.send(leader, _request([batch, *companions]))
+            try:
+                if len(self._sends) > 1:
+                    await asyncio.sleep(0)
+            finally:
+                del self._leaving[leader]
+            batches = [batch, *companions]
+            answers = _answers(await client.send(leader, _request(batches)), batches)
         except BaseException as exc:
             error = exc if isinstance(exc, FOREIGN) else kafka.KafkaConnectionError("cut off")
             for answer in companions.values():
                 if not answer.done():
                     answer.set_exception(error)
             raise
-        answers = _answers(response)
         for companion, answer in companions.items():
             if not answer.done():
                 answer.set_result(answers[companion.place])
@@ -374,6 +388,7 @@ class KafkaProducer:
         leader = client.cluster.leader_for_partition(place)
         if leader is None or leader == -1:
             async with asyncio.timeout(REQUEST_TIMEOUT):
+                client.add_topic(place.topic)  # a new client knows no topics
                 await client.force_metadata_update()
             leader = client.cluster.leader_for_partition(place)
         if leader is None or leader == -1:
@@ -387,7 +402,7 @@ class KafkaProducer:
         code, offset, timestamp = answer
         kind = kafka.for_code(code)
         if kind in (kafka.NoError, kafka.DuplicateSequenceNumber):
-            batch.identity.sequence += batch.count
+            batch.identity.sequence = (batch.identity.sequence + batch.count) % 2**31
             return Appended(offset, timestamp if timestamp != -1 else batch.built_at)
         error = kind(batch.place.topic)
         client.force_metadata_update()
@@ -419,10 +434,14 @@ def _request(batches: Sequence[_Batch]) -> ProduceRequest:
     return ProduceRequest(None, _ALL_REPLICAS, milliseconds, list(topics.items()))
 
 
-def _answers(response: Any) -> dict[TopicPartition, _Answer]:
-    """Return what a response says of each partition."""
-    return {
+def _answers(response: Any, batches: Sequence[_Batch]) -> dict[TopicPartition, _Answer]:
+    """Return what a response says of each partition; every batch must have its answer."""
+    answers = {
         TopicPartition(topic, partition): (code, offset, timestamp)
         for topic, partitions in response.topics
         for partition, code, offset, timestamp, *_ in partitions
     }
+    for batch in batches:
+        if batch.place not in answers:
+            raise kafka.KafkaProtocolError(f"no answer for {batch.place}")
+    return answers
