@@ -171,7 +171,7 @@ class Handling:
         try:
             problem = _wire.problem(error, event, self._settings.module)
             return self._reply(event, problem, status=ERROR)
-        except Exception:
+        except Exception:  # a handler may have put anything into its event
             _logger.exception("event %r was changed so that it cannot be answered", event.event)
             return None
 

@@ -59,7 +59,7 @@ class _Consumer:
         """Return what has arrived; see `Reader.fetch`."""
         try:
             batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
-        except Exception as exc:
+        except Exception as exc:  # one record that cannot be parsed raises anything
             raise unavailable("fetching failed", exc) from exc
         if not batches:
             self._check_alive()
@@ -122,7 +122,7 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             return
         try:
             await self._on_revoked(frozenset(place.partition for place in revoked))
-        except Exception:
+        except Exception:  # aiokafka would swallow it
             _logger.exception("giving up partitions of %s failed", self._topic)
 
     async def fetch(self) -> Sequence[Record]:

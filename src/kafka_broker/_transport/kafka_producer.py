@@ -289,7 +289,7 @@ class KafkaProducer:
             except asyncio.CancelledError as exc:
                 batch.unknown = batch.unknown or batch.sent
                 self._outlive(batch, exc)
-            except Exception as exc:
+            except Exception as exc:  # whatever a client raises, the batch may have left
                 self._identities[place] = None
                 raise DeliveryUnknownError(place.topic, describe(exc)) from exc
             with suppress(asyncio.CancelledError):
