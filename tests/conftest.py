@@ -26,7 +26,7 @@ def kafka() -> Iterator[str]:
     except NoKafkaError as exc:
         if os.environ.get("CI"):
             pytest.fail(f"CI needs a real Kafka: {exc}")
-        pytest.skip(str(exc))
+        pytest.skip(str(exc))  # a laptop may have neither Docker nor Java; CI failed above
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])

@@ -243,12 +243,9 @@ class BrokerManager:
             BrokerClosedError: the broker is not running, or stopped meanwhile.
             TypeError: the data has no form in JSON.
         """
-        seconds = self.settings.reply_timeout if isinstance(timeout, Default) else timeout
-        if not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
-            msg = f"request() needs a timeout in seconds, more than 0; got {seconds!r}"
-            raise ConfigurationError(msg)
+        seconds = self._seconds(timeout)
         asked: EventObject[Any] = EventObject(event=event, data=data)
-        storage = self.consumer_storage
+        storage, outbox = self.consumer_storage, self._open_outbox()
         slot = storage.expect(asked.correlation_id, seconds, replies_only=True)
         try:
             delivery = self._send(topic, asked, timeout=seconds)
@@ -259,13 +256,20 @@ class BrokerManager:
         try:
             reply = await storage.collect(slot)
         except (ReplyTimeoutError, BrokerClosedError, asyncio.CancelledError) as exc:
-            unsent = self._open_outbox().withdraw(delivery)
+            unsent = outbox.withdraw(delivery)  # its own: a new start has another one
             if unsent is not None and isinstance(exc, ReplyTimeoutError):
                 raise unsent from exc
             raise
         if response is None:
             return reply
         return _payload(response).event_of(reply)  # type: ignore[arg-type]  # types are hashable
+
+    def _seconds(self, timeout: float | Default) -> float:
+        seconds = self.settings.reply_timeout if isinstance(timeout, Default) else timeout
+        if not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
+            msg = f"request() needs a timeout in seconds, more than 0; got {seconds!r}"
+            raise ConfigurationError(msg)
+        return seconds
 
     def init_consumer(self) -> Awaitable[None]:
         """Start in the running loop; the result can be awaited until the broker is ready.

@@ -26,7 +26,7 @@ class _Signals:
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         loop = asyncio.get_running_loop()
-        with suppress(NotImplementedError, ValueError, RuntimeError):
+        with suppress(NotImplementedError, ValueError, RuntimeError):  # as on Windows
             for number in (signal.SIGTERM, signal.SIGINT):
                 before = signal.getsignal(number)
                 loop.add_signal_handler(number, self._stop_all)

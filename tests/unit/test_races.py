@@ -176,6 +176,23 @@ async def test_a_request_to_a_missing_topic_says_so(setting: Setting) -> None:
             await setting.ask.request("nowhere", "echo", timeout=0.2)
 
 
+async def test_a_request_of_the_run_before_is_withdrawn_there() -> None:
+    """A request that times out unsent, as the broker stops and starts anew, says why it was not."""
+    made = Setting()
+    await made.ask.init_consumer()
+    asking = asyncio.create_task(made.ask.request("nowhere", "echo", timeout=0.1))
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(made.ask.stop())
+    await asyncio.sleep(0)
+    starting = made.ask.init_consumer()
+    with pytest.raises(DeliveryError, match="does not exist"):
+        await asking
+    await stopping
+    await starting
+    assert made.ask.ready
+    await made.ask.stop()
+
+
 @asynccontextmanager
 async def _leaves_nothing_but_lookups(setting: Setting) -> AsyncIterator[None]:
     yield

@@ -140,7 +140,7 @@ class MemorySubscription(Fetcher):
         expiry = self.loop.call_later(self._rebalance_timeout, self._expire)
         try:
             await self._on_revoked(partitions)
-        except Exception:
+        except Exception:  # logged, and the rebalance goes on, as with aiokafka
             _logger.exception("giving up partitions of %s failed", self.topic)
         finally:
             expiry.cancel()
@@ -158,7 +158,7 @@ class MemorySubscription(Fetcher):
             return
         try:
             self._on_assigned(partitions)
-        except Exception:
+        except Exception:  # the same
             _logger.exception("taking partitions of %s failed", self.topic)
         with self._node.lock:
             if self._group.stable(generation):
