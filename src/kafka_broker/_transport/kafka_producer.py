@@ -43,7 +43,7 @@ from kafka_broker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._transport import Outgoing
@@ -185,7 +185,7 @@ class KafkaProducer:
         with reasons_logged() as reasons:
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT):
-                    await client.bootstrap()
+                    await _to_its_end(client.bootstrap())
             except FOREIGN as exc:
                 await close(client, client.close())
                 error = unavailable(action, exc)
@@ -413,6 +413,20 @@ class KafkaProducer:
             batch.deadline = 0.0  # its bytes carry the lost identity; it has to be built anew
             raise DeliveryError(batch.place.topic, describe(error), retriable=True) from error
         raise undelivered(batch.place.topic, error) from error
+
+
+async def _to_its_end(connecting: Coroutine[Any, Any, None]) -> None:
+    """Connect; when cancelled give it a second to end by itself: cut off, it leaves a socket."""
+    task = asyncio.ensure_future(connecting)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=1.0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=1.0)
+        if task.done() and not task.cancelled():
+            task.exception()  # retrieved: nobody waits for it any more
+        raise
 
 
 def _is_dead(client: Any) -> bool:
