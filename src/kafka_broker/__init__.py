@@ -6,9 +6,11 @@ from kafka_broker._delivery import Delivery
 from kafka_broker._event import EventObject
 from kafka_broker._manager import BrokerManager, broker_manager
 from kafka_broker._metrics import Metrics
+from kafka_broker._middleware import Handle, Middleware
 from kafka_broker._router import EventRouter
 from kafka_broker._settings import BrokerSettings
 from kafka_broker._storage import ConsumerStorage
+from kafka_broker._verdicts import Reject, RetryLater, RetryPolicy
 
 __all__ = [
     "BrokerManager",
@@ -17,6 +19,11 @@ __all__ = [
     "Delivery",
     "EventObject",
     "EventRouter",
+    "Handle",
     "Metrics",
+    "Middleware",
+    "Reject",
+    "RetryLater",
+    "RetryPolicy",
     "broker_manager",
 ]

@@ -1,75 +1,107 @@
-"""Consuming: one task that handles one event after the other and commits what is done.
+"""Dispatching: one task reads, a pool of workers handles, and what has ended is committed.
 
-This is the place of the concurrent engine; what surrounds it (`Handling`, the transport's
-subscription, the order of a stop) does not change with it.
+A worker takes one record after the other, so a handler that does not suspend costs no task. While
+one waits in its handler, another worker goes on. Which record may run is up to `Lanes`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict, deque
-from contextlib import contextmanager
+import math
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from kafka_broker._delivery import Delivery
-from kafka_broker._outbox import Burial
+from kafka_broker._isolation import absorb_cancellations, isolated
+from kafka_broker._lanes import Lanes
+from kafka_broker._outbox import Transfer
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from typing import Any
 
-    from kafka_broker._event import Ending
+    from kafka_broker._lanes import Work
     from kafka_broker._outbox import Outbox
     from kafka_broker._settings import BrokerSettings
-    from kafka_broker._transport import Record, Subscription, Transport
+    from kafka_broker._transport import Subscription, Transport
 
 _logger = logging.getLogger("kafka_broker.dispatch")
 
 _BACKOFF: Final = (0.1, 5.0)
 _TURN: Final = 50
-_DRAIN_SHARE: Final = 0.8
-"""Of the rebalance timeout; the rest is for the commit to travel and the group to settle."""
+_POLL: Final = 0.5
+_POLL_SOME: Final = 0.01
+"""Seconds to wait for other partitions while some are full: those may have room soon."""
+_PRESSED: Final = 0.02
+"""Seconds between commits while so much is uncommitted that handling may have to wait for one."""
+_SHARES: Final = (0.5, 0.2, 0.1)
+"""Of a rebalance's time: for handlers, for their replies, for the commit; the rest is Kafka's."""
+_LISTED: Final = 5
+_LAST_WORDS: Final = 1.0
+"""Seconds that a handler has to end after it was cancelled."""
 
 
 class Dispatcher:
-    """Reads the module's topic as a member of its group.
+    """Reads a topic as a member of a group and has every record handled.
 
     An offset is committed when its event and all before it in the partition have ended. Everything
     it knows of a partition is forgotten when the partition goes to another replica.
 
     Args:
-        handle: what happens to a record; its offset waits for the ending that is returned.
-        outbox: nothing is handled while it is full.
+        topic, group_id: what is read, and as whom.
+        concurrency: how many records are handled at a time.
+        handle: what happens to a record; it notes the endings that the offset waits for.
+        outbox: nothing is begun while it is full.
         forget: called when events that were handed on are another replica's from now on.
+        ending: tells whether all our tasks are to end.
+
+    Attributes:
+        failed: ends in the error of a worker that died: a bug of ours.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the two topics that a broker reads differ in nearly all of them
         self,
         settings: BrokerSettings,
         transport: Transport,
         *,
-        handle: Callable[[Record], Awaitable[Ending | None]],
+        topic: str,
+        group_id: str,
+        concurrency: int,
+        handle: Callable[[Work], Coroutine[Any, Any, None]],
         outbox: Outbox,
         forget: Callable[[], None],
+        ending: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._transport = transport
+        self._topic = topic
+        self._group_id = group_id
         self._handle = handle
         self._outbox = outbox
         self._forget = forget
+        self._ending = ending
+        self._loop = asyncio.get_running_loop()
+        self._lanes = Lanes(
+            concurrency, max_events=settings.in_flight_events, max_bytes=settings.in_flight_bytes
+        )
         self._subscription: Subscription | None = None
-        self._epoch = 0
-        self._waiting: dict[int, deque[tuple[int, Ending | None]]] = defaultdict(deque)
-        self._done: dict[int, int] = {}
-        self._committing = asyncio.Lock()
-        self._commit_due = 0.0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._interruptible = False
         self._ours = asyncio.Event()
-        self._ours.set()
+        self._draining = False
         self._stopping = False
+        self._interruptible = False
+        self._drained = asyncio.Event()
+        self._room = asyncio.Event()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._idle: list[asyncio.Future[None]] = []
+        self._waking = False
+        self._at_door = 0
+        self._committing = asyncio.Lock()
+        self._commit_due = asyncio.Event()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_at = math.inf
+        self.failed: asyncio.Future[None] = self._loop.create_future()
 
     async def open(self) -> None:
         """Join the group; does not wait for partitions.
@@ -77,62 +109,62 @@ class Dispatcher:
         Raises:
             BrokerUnavailableError: Kafka does not answer, or the topic cannot be read.
         """
+        self._ours.set()
         self._subscription = await self._transport.subscribe(
-            self._settings.module, on_assigned=self._assigned, on_revoked=self._revoked
+            self._topic, self._group_id, on_assigned=self._assigned, on_revoked=self._revoked
         )
 
+    # Reading
+
     async def run(self) -> None:
-        """Handle events until `stop`; a subscription that breaks is replaced."""
+        """Read until `stop`; a subscription that breaks is replaced."""
         pause = _BACKOFF[0]
-        while not self._stopping:
-            try:
-                if self._subscription is None:
-                    await self.open()
-                records = await self._fetch(self._subscription)
-                await self._handle_all(records, self._epoch)
-                await self._commit_if_due()
-                await asyncio.sleep(0)  # neither a full buffer nor a handler need suspend
-                pause = _BACKOFF[0]
-            except BrokerUnavailableError as exc:
-                _logger.warning("events cannot be read, trying again in %.1f s: %s", pause, exc)
-                await self._leave()
-                await self._rest(pause)
-                pause = min(pause * 2, _BACKOFF[1])
+        committing = self._loop.create_task(self._commit_regularly())
+        try:
+            while not self._stopping:
+                try:
+                    with self._interrupted_by_stop():
+                        await self._read()
+                    pause = _BACKOFF[0]
+                except BrokerUnavailableError as exc:
+                    _logger.warning(
+                        "events of %s cannot be read, trying again in %.1f s: %s",
+                        self._topic,
+                        pause,
+                        exc,
+                    )
+                    await self._leave(*self._shares())
+                    with self._interrupted_by_stop():
+                        await asyncio.sleep(pause)
+                    pause = min(pause * 2, _BACKOFF[1])
+        finally:
+            committing.cancel()
+            await asyncio.wait({committing})
+        if not committing.cancelled():
+            committing.result()
 
-    async def stop(self, task: asyncio.Task[None]) -> None:
-        """Stop fetching, let the running handler end, commit, leave the group.
-
-        Args:
-            task: the one that executes `run`.
-        """
-        self._stopping = True
-        self._forget()
-        if self._interruptible:
-            task.cancel()
-        _, running = await asyncio.wait({task}, timeout=self._settings.drain_timeout)
-        if running:
-            _logger.warning(
-                "a handler still runs after %g s; its event will be handled again",
-                self._settings.drain_timeout,
-            )
-            task.cancel()
-            await asyncio.wait({task}, timeout=1.0)
-        await self._replies_delivered(self._settings.drain_timeout)
-        await self._leave(commit=True)
-
-    async def _fetch(self, subscription: Subscription | None) -> Sequence[Record]:
-        with self._interrupted_by_stop():
-            await self._ours.wait()
-            return await subscription.fetch() if subscription else ()
-        return ()  # reached when a stop has cut the wait
-
-    async def _rest(self, seconds: float) -> None:
-        with self._interrupted_by_stop():
-            await asyncio.sleep(seconds)
+    async def _read(self) -> None:
+        """Fetch what there is room for, and queue it."""
+        if self._subscription is None:
+            await self.open()
+        await self._ours.wait()
+        subscription, full = self._subscription, self._lanes.full()
+        if subscription is None:
+            return
+        if full and len(full) == len(self._lanes.partitions):
+            self._commit_due.set()
+            self._room.clear()
+            await self._room.wait()
+            return
+        records = await subscription.fetch(full, timeout=_POLL_SOME if full else _POLL)
+        if records and self._ours.is_set():
+            self._lanes.add(records, self)
+            self._wake()
+        await asyncio.sleep(0)  # a full buffer need not suspend
 
     @contextmanager
     def _interrupted_by_stop(self) -> Iterator[None]:
-        """Mark a wait that a stop may cut short by cancelling it."""
+        """Mark waits that a stop may cut short by cancelling them."""
         self._interruptible = True
         try:
             yield
@@ -142,100 +174,290 @@ class Dispatcher:
         finally:
             self._interruptible = False
 
-    async def _handle_all(self, records: Sequence[Record], epoch: int) -> None:
-        """Handle what was fetched in *epoch*, as long as that lasts."""
-        for number, record in enumerate(records, 1):
-            if number % _TURN == 0 or self._outbox.full:
-                with self._interrupted_by_stop():
-                    await asyncio.sleep(0)  # let replies leave while the next are made
-                    await self._outbox.room()
-            if self._stopping or not await self._step(record, epoch):
-                return
+    # Handling
 
-    async def _step(self, record: Record, epoch: int) -> bool:
-        """Handle one record of *epoch*; returns whether the next one may be handled."""
-        if epoch != self._epoch or not self._ours.is_set():
-            return False
-        self._idle.clear()
-        try:
-            ending = await self._handle(record)
-        finally:
-            self._idle.set()
-        if epoch == self._epoch:
-            self._waiting[record.partition].append((record.offset + 1, ending))
-        if not self._ours.is_set() or epoch != self._epoch:
-            self._forget()
-            return False
-        return True
-
-    def _assigned(self, partitions: frozenset[int]) -> None:
-        _logger.info("%s handles partitions %s", self._settings.module, sorted(partitions))
-
-    async def _revoked(self, partitions: frozenset[int]) -> None:
-        """End and commit what can be ended in time, then forget the partitions."""
-        _logger.info("%s gives up partitions %s", self._settings.module, sorted(partitions))
-        self._ours.clear()
-        self._forget()
-        try:
-            async with asyncio.timeout(self._settings.rebalance_timeout * _DRAIN_SHARE):
-                await self._idle.wait()
-                await self._replies_delivered(self._settings.rebalance_timeout * _DRAIN_SHARE / 2)
-                await self._commit()
-        except (TimeoutError, BrokerUnavailableError) as exc:
-            _logger.warning("partitions move before their events ended: %r", exc)
-        finally:
-            self._new_epoch()
-            self._ours.set()
-
-    async def _replies_delivered(self, timeout: float) -> None:
-        endings = [ending for waiting in self._waiting.values() for _, ending in waiting]
-        endings = [end.delivery if isinstance(end, Burial) else end for end in endings]
-        waits = [self._outbox.wait_for(end) for end in endings if isinstance(end, Delivery)]
-        if waits:
-            await asyncio.wait(waits, timeout=timeout)
-
-    def _new_epoch(self) -> None:
-        self._epoch += 1
-        self._waiting.clear()
-        self._done.clear()
-
-    async def _commit_if_due(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now < self._commit_due:
+    def _wake(self) -> None:
+        """Have a worker look for something to do, unless one is on its way to do so."""
+        if self._waking or self._draining or not self._lanes.startable or self._at_door:
             return
-        self._commit_due = now + self._settings.commit_interval
+        self._waking = True
+        while self._idle:
+            waiter = self._idle.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        worker = self._loop.create_task(self._work(), name=f"kafka_broker {self._topic} worker")
+        self._workers.add(worker)
+        worker.add_done_callback(self._worker_ended)
+
+    async def _work(self) -> None:
+        """Handle one record after the other; wait when there is none that may run."""
+        self._waking = False
+        turn = 0
+        while True:
+            if self._outbox.full:
+                await self._wait_at_door()
+            work = None if self._draining else self._lanes.next()
+            if work is None:
+                waiter = self._loop.create_future()
+                self._idle.append(waiter)
+                await waiter
+                self._waking = False
+                continue
+            self._wake()
+            await self._run(work)
+            turn += 1
+            if turn % _TURN == 0:
+                await asyncio.sleep(0)  # let replies leave while the next are made
+
+    async def _wait_at_door(self) -> None:
+        self._at_door += 1
         try:
-            await self._commit()
-        except BrokerUnavailableError as exc:
-            _logger.warning("offsets are committed later: %s", exc)
+            await self._outbox.room()
+        finally:
+            self._at_door -= 1
+
+    async def _run(self, work: Work) -> None:
+        work.task = task = asyncio.current_task()
+        try:
+            await isolated(self._handle(work), work)
+            work.ended = not work.dropped
+        except asyncio.CancelledError:
+            if not work.dropped:
+                raise
+        finally:
+            work.task = None
+            self._end(work)
+        if task is not None and task.cancelling():
+            await absorb_cancellations(self._ending)
+
+    def _end(self, work: Work) -> None:
+        lanes = self._lanes
+        lanes.end(work)
+        self._room.set()
+        if not lanes.working:
+            self._drained.set()
+        if work.partition.begun * 2 >= lanes.events_share:
+            self._commit_due.set()
+
+    def _worker_ended(self, worker: asyncio.Task[None]) -> None:
+        """Go on without a worker; only a bug of ours ends one, or somebody who cancels it."""
+        self._workers.discard(worker)
+        if self._ending() or self._stopping:
+            return
+        if worker.cancelled():
+            _logger.warning("%s: a task of the broker was cancelled from outside", self._topic)
+            self._waking = False
+            self._wake()
+        elif (error := worker.exception()) is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    # What a record's handling may ask for
+
+    async def rest(self, work: Work, seconds: float) -> None:
+        """Wait without a seat; a rebalance or a stop drops what rests at once.
+
+        Raises:
+            CancelledError: it was dropped.
+        """
+        work.resting = True
+        self._lanes.give_up_seat(work)
+        self._wake()
+        try:
+            if self._draining:
+                self._drop([work])
+            await asyncio.sleep(seconds)
+            seated = asyncio.Event()
+            self._lanes.return_to_seat(work, seated.set)
+            await seated.wait()
+        finally:
+            work.resting = False
+
+    def let_wait(self, work: Work) -> None:
+        """Let *work* wait for a batch: it needs no seat, and the next of its lane may join, too."""
+        self._lanes.give_up_seat(work)
+        self._lanes.let_follow(work)
+        self._wake()
+
+    def expect_end(self, work: Work, timeout: float) -> None:
+        """Cancel the handler of *work* if it still runs *timeout* seconds from now."""
+        work.expires = self._loop.time() + timeout
+        if work.expires < self._sweep_at:
+            self._sweep_at = work.expires
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+            self._sweeper = self._loop.call_at(work.expires, self._sweep)
+
+    def _sweep(self) -> None:
+        """Cancel the handlers whose time is over; come again for the next."""
+        now, self._sweep_at, self._sweeper = self._loop.time(), math.inf, None
+        for work in self._lanes.working:
+            if work.expires <= now and work.task is not None:
+                if work.timed_out:
+                    _logger.error("the handler of %s goes on after it was cancelled", work.where)
+                work.timed_out = True
+                work.expires = now + self._settings.handler_timeout
+                work.task.cancel()
+            self._sweep_at = min(self._sweep_at, work.expires)
+        if self._sweep_at < math.inf:
+            self._sweeper = self._loop.call_at(self._sweep_at, self._sweep)
+
+    # Commits
+
+    async def _commit_regularly(self) -> None:
+        while True:
+            shares = [partition.begun * 2 for partition in self._lanes.partitions.values()]
+            pressed = bool(shares) and max(shares) >= self._lanes.events_share
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.commit_interval):
+                    await self._commit_due.wait()
+                    await asyncio.sleep(_PRESSED if pressed else 0)
+            self._commit_due.clear()
+            try:
+                await self._commit()
+            except BrokerUnavailableError as exc:
+                _logger.warning("%s: offsets are committed later: %s", self._topic, exc)
 
     async def _commit(self) -> None:
         """Commit the offsets up to which everything has ended."""
         async with self._committing:
-            epoch = self._epoch
-            for partition, waiting in self._waiting.items():
-                while waiting and ((ending := waiting[0][1]) is None or ending.done()):
-                    self._done[partition] = waiting.popleft()[0]
-            offsets = dict(self._done)
+            partitions = self._lanes.partitions
+            offsets = {
+                number: offset
+                for number, partition in partitions.items()
+                if (offset := partition.watermark.advance()) is not None
+            }
             if not offsets or self._subscription is None:
                 return
-            await self._subscription.commit(offsets)
-            if epoch == self._epoch:
-                for partition, offset in offsets.items():
-                    if self._done.get(partition) == offset:
-                        del self._done[partition]
+            accepted = await self._subscription.commit(offsets)
+            if not accepted or partitions is not self._lanes.partitions:
+                return
+            for number, offset in offsets.items():
+                self._lanes.committed(number, offset)
+            self._room.set()
+            self._wake()
 
-    async def _leave(self, *, commit: bool = False) -> None:
-        subscription = self._subscription
-        if subscription is None:
-            return
-        if commit:
-            try:
-                async with asyncio.timeout(self._settings.drain_timeout):
-                    await self._commit()
-            except (TimeoutError, BrokerUnavailableError) as exc:
-                _logger.warning("the last offsets were not committed: %r", exc)
-        self._subscription = None
-        self._new_epoch()
+    # Rebalances and the stop
+
+    def _assigned(self, partitions: frozenset[int]) -> None:
+        if partitions:
+            _logger.info("%s: handles partitions %s", self._topic, sorted(partitions))
+        else:
+            _logger.warning(
+                "%s: no partition is left for this replica, which stands by: there are more "
+                "replicas than partitions",
+                self._topic,
+            )
+        self._lanes.assign(partitions)
+        self._draining = self._stopping
+        self._room.set()
+
+    async def _revoked(self, partitions: frozenset[int]) -> None:
+        """End and commit what can be ended in time, then forget the partitions."""
+        _logger.info("%s: gives up partitions %s", self._topic, sorted(partitions))
+        self._ours.clear()
+        try:
+            await self._finish(*self._shares())
+        finally:
+            self._let_go()
+            self._ours.set()
+        _logger.info("%s: gave up partitions %s", self._topic, sorted(partitions))
+
+    def _shares(self) -> tuple[float, float, float]:
+        handlers, replies, commit = _SHARES
+        seconds = self._settings.rebalance_timeout
+        return handlers * seconds, replies * seconds, commit * seconds
+
+    async def stop(self, task: asyncio.Task[None]) -> None:
+        """Stop reading, let what runs end, commit, leave the group; each step has its deadline.
+
+        Args:
+            task: the one that executes `run`.
+        """
+        timeout = self._settings.drain_timeout
+        self._stopping = True
+        if self._interruptible:
+            task.cancel()
+        await asyncio.wait({task}, timeout=timeout)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_LAST_WORDS)
+        with suppress(TimeoutError):  # a rebalance that has begun has deadlines of its own
+            async with asyncio.timeout(timeout):
+                await self._ours.wait()
+        await self._leave(timeout, timeout, timeout)
+        for worker in self._workers:
+            worker.cancel()
+        if self._workers:
+            await asyncio.wait(self._workers, timeout=_LAST_WORDS)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self.failed.cancel()
+        _logger.info("%s: left the group %s", self._topic, self._group_id)
+
+    async def _leave(self, for_handlers: float, for_replies: float, for_commit: float) -> None:
+        """Give everything up and leave the group."""
+        if self._subscription is not None:
+            await self._finish(for_handlers, for_replies, for_commit)
+        subscription, self._subscription = self._subscription, None
+        self._let_go()
+        if subscription is not None:
+            await subscription.close()
+
+    async def _finish(self, for_handlers: float, for_replies: float, for_commit: float) -> None:
+        """Begin nothing more; let what runs end, its replies be delivered, and commit."""
+        self._draining = True
+        self._lanes.clear()
         self._forget()
-        await subscription.close()
+        self._drop([work for work in self._lanes.working if work.resting])
+        if not await self._idle_within(for_handlers):
+            running = sorted(work.where for work in self._lanes.working)
+            _logger.warning(
+                "%s: %d handlers still run after %g s; they are cancelled and their events will "
+                "be handled again: %s",
+                self._topic,
+                len(running),
+                for_handlers,
+                ", ".join(running[:_LISTED]),
+            )
+            self._drop(self._lanes.working)
+            await self._idle_within(_LAST_WORDS)
+        self._forget()
+        await self._delivered(for_replies)
+        try:
+            async with asyncio.timeout(for_commit):
+                await self._commit()
+        except (TimeoutError, BrokerUnavailableError) as exc:
+            _logger.warning("%s: the last offsets were not committed: %r", self._topic, exc)
+
+    def _drop(self, works: Iterable[Work]) -> None:
+        for work in works:
+            work.dropped = True
+            if work.task is not None:
+                work.task.cancel()
+
+    async def _idle_within(self, timeout: float) -> bool:
+        """Return whether nothing is handled any more, at the latest after *timeout* seconds."""
+        if self._lanes.working:
+            self._drained.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._drained.wait()
+        return not self._lanes.working
+
+    async def _delivered(self, timeout: float) -> None:
+        """Wait until the replies and dead letters of what has ended are in the log."""
+        endings = [
+            ending
+            for partition in self._lanes.partitions.values()
+            for work in partition.watermark.pending()
+            for ending in work.endings
+        ]
+        deliveries = [end.delivery if isinstance(end, Transfer) else end for end in endings]
+        waits = [self._outbox.wait_for(end) for end in deliveries if isinstance(end, Delivery)]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout)
+
+    def _let_go(self) -> None:
+        self._lanes.assign(())
+        self._forget()

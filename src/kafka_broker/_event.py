@@ -9,6 +9,10 @@ from uuid import UUID, uuid4
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from typing_extensions import TypeVar
 
+if TYPE_CHECKING:
+    from kafka_broker._lanes import Work
+    from kafka_broker._transport import Record
+
 PENDING = "pending"
 COMPLETED = "completed"
 ERROR = "error"
@@ -95,6 +99,20 @@ class EventObject(BaseModel, Generic[Data]):
     """Every hop so far, the oldest first."""
 
     _request: Request | None = PrivateAttr(default=None)
+    _work: Work | None = PrivateAttr(default=None)
+
+    @property
+    def record(self) -> Record | None:
+        """The record that a handler's event was read from: its topic, partition, offset, key, ...
+
+        None for an event that was made here, and for a reply.
+        """
+        return None if self._work is None else self._work.record
+
+    @property
+    def attempt(self) -> int:
+        """The number of this try to handle the event, from 1; earlier replicas' tries count."""
+        return 1 if self._work is None else self._work.attempt
 
     if TYPE_CHECKING:  # the constructor takes what a validator turns into the field's type
 

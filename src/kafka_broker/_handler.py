@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import math
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args, get_type_hints
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError, to_json
 
+from kafka_broker._depends import Dependencies, is_dependency
 from kafka_broker._event import EventObject
+from kafka_broker._middleware import Handle, Middleware, wrapped
 from kafka_broker.errors import ConfigurationError, EventDecodeError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    import anyio
+    from kafka_broker._verdicts import RetryPolicy
 
     Source = Callable[[EventObject[Any]], Any]
 
@@ -25,6 +32,7 @@ _EMPTY: Final = inspect.Parameter.empty
 _NAMED: Final = inspect.Parameter.KEYWORD_ONLY
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
+_UNLIMITED: Final = CapacityLimiter(math.inf)
 _PROBLEMS: Final = 5
 _RAISED: Final = {"assertion_error", "get_attribute_error", "iteration_error", "mapping_type"}
 _QUOTING: Final = {"import_error", "union_tag_invalid", "uuid_parsing", "value_error", *_RAISED}
@@ -84,11 +92,55 @@ class Payload:
         return event.model_copy(update={"data": self.of(event)})
 
 
+INJECTED: Final[set[type]] = set()
+"""The types that handlers and their dependencies are given by the broker that runs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What the handlers of one run share.
+
+    Attributes:
+        limiter: of the worker threads for plain functions.
+        given: the value of each type in `INJECTED`.
+    """
+
+    limiter: CapacityLimiter
+    given: Mapping[type, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a bind asks for besides its function; None is what the broker's settings say.
+
+    Attributes:
+        timeout: seconds for one try.
+        retry: when a try that failed is followed by another.
+        batch: the most events for one call; None for a call for each event.
+        within: seconds that the first event of a batch waits for the others.
+    """
+
+    timeout: float | None = None
+    retry: RetryPolicy | None = None
+    batch: int | None = None
+    within: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "within"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ConfigurationError(f"{name} must be a positive number of seconds")
+        if self.batch is not None and self.batch < 1:
+            raise ConfigurationError(f"batch must be 1 or more, got {self.batch}")
+
+
 class Handler:
-    """A bound function: what it is called with, and where it runs.
+    """A bound function: what it is called with, where it runs, and the middleware around it.
 
     Parameters are given, in this order of rules:
 
+    - with `Depends` of fast-depends: what that gives;
+    - annotated `BrokerManager`: the broker that handles the event;
     - annotated ``EventObject``: the event; ``EventObject[Model]``: it, with its data as ``Model``;
     - with a default: nothing, they keep it;
     - the first without an annotation: the event, unless another is annotated as the event;
@@ -101,8 +153,15 @@ class Handler:
             read, a generator, a class.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        terms: Terms = Terms(),  # it is frozen
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
         self.function = function
+        self.terms = terms
+        self.middleware = tuple(middleware)
         self.name: str = _function_name(function)
         if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
             self._refuse("is a generator; return the reply instead")
@@ -110,13 +169,44 @@ class Handler:
             self._refuse("is no function; bind a function or a method")
         self._is_async = _is(inspect.iscoroutinefunction, function)
         parameters = self._parameters()
+        self._given = {
+            parameter.name: wanted
+            for parameter in parameters
+            if (wanted := _plain(parameter.annotation)) in INJECTED
+        }
+        parameters = [one for one in parameters if one.name not in self._given]
+        depending = [one for one in parameters if is_dependency(one)]
+        self._dependencies: Dependencies | None = None
+        if depending:
+            given = {EventObject, *INJECTED}
+            self._dependencies = Dependencies(self.name, depending, given)
+        names = {one.name for one in depending}
+        parameters = [one for one in parameters if one.name not in names]
         sources = self._sources(parameters)
-        self._positional = _positional(parameters, sources)
+        by_place = not names and not self._given
+        self._positional = _positional(parameters, sources) if by_place else []
         self._named = {
             parameter.name: sources[parameter.name]
             for parameter in parameters
-            if parameter.kind is _NAMED and parameter.name in sources
+            if (parameter.kind is _NAMED or not by_place) and parameter.name in sources
         }
+
+    def within(self, middleware: Sequence[Middleware]) -> Handler:
+        """Return this handler inside of more middleware."""
+        if not middleware:
+            return self
+        other = object.__new__(Handler)
+        other.__dict__.update(self.__dict__)
+        other.middleware = (*middleware, *self.middleware)
+        return other
+
+    def handle(self, scope: Scope) -> Handle:
+        """Return what handles an event in *scope*: the function inside of its middleware."""
+
+        def call(event: EventObject[Any]) -> Awaitable[Any]:
+            return self.call(event, scope)
+
+        return wrapped(call, self.middleware)
 
     def _parameters(self) -> list[inspect.Parameter]:
         """Return the parameters that something may be given for, their annotations evaluated."""
@@ -204,10 +294,11 @@ class Handler:
     def _refuse(self, why: str) -> NoReturn:
         raise ConfigurationError(f"handler {self.name} {why}")
 
-    def call(self, event: EventObject[Any], limiter: anyio.CapacityLimiter) -> Awaitable[Any]:
-        """Call the function for *event*; in one of the limiter's threads if it is a plain one.
+    def call(self, event: EventObject[Any], scope: Scope) -> Awaitable[Any]:
+        """Call the function for *event*; in one of the scope's threads if it is a plain one.
 
-        A wait that is cancelled leaves a thread alone: it runs to its end, its result is dropped.
+        A wait that is cancelled leaves a thread alone: it runs to its end, its result is dropped,
+        and until then the limiter counts it.
 
         Raises:
             EventDecodeError: at once: the data is not what the function asks for.
@@ -215,14 +306,73 @@ class Handler:
         """
         positional = [source(event) for source in self._positional]
         named = {name: source(event) for name, source in self._named.items()} if self._named else {}
+        if self._given:
+            named |= {name: self._value(wanted, scope) for name, wanted in self._given.items()}
+        if self._dependencies is not None:
+            return self._call_with(self._dependencies, event, scope, named)
         if self._is_async:
             awaitable: Awaitable[Any] = self.function(*positional, **named)
             return awaitable
-        return _in_thread(partial(self.function, *positional, **named), limiter)
+        return in_thread(partial(self.function, *positional, **named), scope.limiter)
+
+    def _value(self, wanted: type, scope: Scope) -> object:
+        try:
+            return scope.given[wanted]
+        except KeyError:
+            msg = (
+                f"handler {self.name} asks for a {wanted.__name__}, which only a broker that runs "
+                "the handler can give: pass the router to one"
+            )
+            raise ConfigurationError(msg) from None
+
+    async def _call_with(
+        self,
+        dependencies: Dependencies,
+        event: EventObject[Any],
+        scope: Scope,
+        named: dict[str, Any],
+    ) -> Any:
+        """Call the function with what its dependencies give, which stays open meanwhile."""
+        given = {EventObject: event, **scope.given}
+        if not self._is_async and not dependencies.is_async:
+            call = partial(self._call_in_thread, dependencies, given, named)
+            return await in_thread(call, scope.limiter)
+        async with dependencies.solved(given) as solved:
+            if self._is_async:
+                return await self.function(**named, **solved)
+            return await in_thread(partial(self.function, **named, **solved), scope.limiter)
+
+    def _call_in_thread(
+        self, dependencies: Dependencies, given: Mapping[type, object], named: dict[str, Any]
+    ) -> Any:
+        with dependencies.solved_in_thread(given) as solved:
+            return self.function(**named, **solved)
 
 
-async def _in_thread(call: Callable[[], Any], limiter: anyio.CapacityLimiter) -> Any:
-    result = await to_thread.run_sync(call, limiter=limiter, abandon_on_cancel=True)
+async def in_thread(call: Callable[[], Any], limiter: CapacityLimiter) -> Any:
+    """Run *call* in a worker thread; one that is left alone by a cancellation still counts.
+
+    Raises:
+        Exception: whatever *call* raises.
+    """
+    seat, claim = object(), threading.Lock()
+    await limiter.acquire_on_behalf_of(seat)
+    loop = asyncio.get_running_loop()
+
+    def run() -> Any:
+        if not claim.acquire(blocking=False):
+            return None  # cancelled before it began
+        try:
+            return call()
+        finally:
+            with suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(limiter.release_on_behalf_of, seat)
+
+    try:
+        result = await to_thread.run_sync(run, limiter=_UNLIMITED, abandon_on_cancel=True)
+    finally:
+        if claim.acquire(blocking=False):  # it did not begin, and will not
+            limiter.release_on_behalf_of(seat)
     # A plain function around an async one gives a coroutine, which nobody else would await.
     return await result if inspect.iscoroutine(result) else result
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from kafka_broker import _wire
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
-from kafka_broker._handler import Payload
+from kafka_broker._handler import INJECTED, Payload
 from kafka_broker._metrics import Metrics
 from kafka_broker._outbox import Outbox
 from kafka_broker._run import Run
@@ -23,10 +23,11 @@ from kafka_broker._transport import Outgoing
 from kafka_broker.errors import BrokerClosedError, ConfigurationError, ReplyTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
     from types import TracebackType
 
     from kafka_broker._delivery import Delivery
+    from kafka_broker._middleware import Middleware
     from kafka_broker._router import EventRouter
 
 Reply = TypeVar("Reply")
@@ -42,9 +43,15 @@ class BrokerManager:
     Args:
         module: the name of this service and of its topic; ``KAFKA_BROKER_MODULE`` unless given.
         router: what incoming events go to; without one they go to `consumer_storage`.
+        middleware: what is put around every handler, outside of that of its routers, the first
+            outermost. It is run for each try.
         settings: ready-made settings, in place of *module* and the other arguments.
         metrics: told of everything that is counted.
         **values: any setting of `BrokerSettings` by its name.
+
+    Attributes:
+        state: what handlers and their dependencies may use, for example a pool of connections; put
+            it there before the start. A lifespan that this broker is added to puts its own there.
 
     Raises:
         ConfigurationError: a setting is wrong or missing.
@@ -55,6 +62,7 @@ class BrokerManager:
         module: str | None = None,
         *,
         router: EventRouter | None = None,
+        middleware: Sequence[Middleware] = (),
         settings: BrokerSettings | None = None,
         metrics: Metrics | None = None,
         **values: Any,
@@ -63,6 +71,8 @@ class BrokerManager:
             msg = "give either settings or single arguments, not both"
             raise ConfigurationError(msg)
         self.router = router
+        self.state: dict[str, Any] = {}
+        self._middleware = tuple(middleware)
         self._metrics = metrics or Metrics()
         self._settings = settings
         if module is not None or values:
@@ -312,7 +322,16 @@ class BrokerManager:
             self._held = False
         after = None if ended else before
         outbox = self._open_outbox()
-        self._run = Run(self.settings, self.router, storage, outbox, self._metrics, after=after)
+        self._run = Run(
+            self.settings,
+            self.router,
+            storage,
+            outbox,
+            self._metrics,
+            middleware=self._middleware,
+            given={BrokerManager: self},
+            after=after,
+        )
         return self._run
 
     async def stop(self) -> None:
@@ -432,4 +451,5 @@ def _bytes(key: str | bytes | None, correlation_id: str) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
+INJECTED.add(BrokerManager)
 broker_manager: BrokerManager = BrokerManager()

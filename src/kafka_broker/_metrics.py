@@ -9,6 +9,9 @@ Counted = Literal[
     "events_undelivered",
     "events_handled",
     "events_failed",
+    "events_rejected",
+    "events_retried",
+    "events_postponed",
     "events_dead_lettered",
     "events_expired",
     "requests_sent",
@@ -27,3 +30,13 @@ class Metrics:
 
     def count(self, what: Counted, amount: int = 1) -> None:
         """Something that is counted happened *amount* times."""
+
+    def handled(self, where: str, event: str, seconds: float, error: Exception | None) -> None:
+        """Take note that the handling of an event ended, its tries in place included.
+
+        Args:
+            where: which event, as ``topic:partition:offset``.
+            event: its name.
+            seconds: that it took.
+            error: what the last try raised; None when a handler returned.
+        """

@@ -498,26 +498,34 @@ class Outbox:
             self._emptied.set_result(None)
 
 
-class Burial:
-    """A record on its way to the dead-letter topic; done once it is there, however often it fails.
+class Transfer:
+    """A record on its way to a topic of ours; done once it is there, however often it fails.
 
-    Until then its offset is not committed, so it is not lost when the broker stops before.
+    Until then the offset that it comes from is not committed, so it is not lost when the broker
+    stops before.
     """
 
-    def __init__(self, outbox: Outbox, topic: str, record: Outgoing) -> None:
+    def __init__(
+        self, outbox: Outbox, topic: str, record: Outgoing, *, partition: int | None = None
+    ) -> None:
         self._outbox = outbox
         self._topic = topic
         self._record = record
+        self._partition = partition
         self.delivery = self._put()
 
     def _put(self) -> Delivery:
-        keyed = self._record.key is not None
         return self._outbox.put(
-            self._topic, self._record, keyed=keyed, urgent=True, on_failure=self._try_again
+            self._topic,
+            self._record,
+            keyed=self._record.key is not None,
+            urgent=True,
+            partition=self._partition,
+            on_failure=self._try_again,
         )
 
     def _try_again(self, error: DeliveryError) -> bool:
-        _logger.error("a dead letter waits and holds its partition's commits back: %s", error)
+        _logger.error("an event waits for its way out and holds back commits: %s", error)
         asyncio.get_running_loop().call_later(_BACKOFF[1], self._put_again)
         return True
 
@@ -526,5 +534,5 @@ class Burial:
             self.delivery = self._put()
 
     def done(self) -> bool:
-        """Return whether it is in the dead-letter topic."""
+        """Return whether it is there."""
         return self.delivery.offset is not None

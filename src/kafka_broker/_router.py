@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 
-from kafka_broker._handler import Handler
+from kafka_broker._handler import Handler, Scope, Terms
 from kafka_broker.errors import ConfigurationError, NoHandlerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from kafka_broker._event import EventObject
+    from kafka_broker._middleware import Middleware
+    from kafka_broker._verdicts import RetryPolicy
 
 _logger = logging.getLogger("kafka_broker.router")
 
@@ -36,36 +38,60 @@ class EventRouter:
 
     Args:
         name: one or more dotted words.
+        middleware: what is put around every handler that is bound here or in a router below, the
+            first outermost.
 
     Raises:
         ConfigurationError: the name is not that.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, middleware: Sequence[Middleware] = ()) -> None:
         _check_words(name, wildcards=False)
         self.name = name
+        self._middleware = tuple(middleware)
         self._exact: dict[str, Handler] = {}
         self._patterns: dict[str, Handler] = {}
         self._tree = _Node()
         self._parents: list[EventRouter] = []
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._scope: Scope | None = None
         self._running: set[asyncio.Task[Any]] = set()
 
-    def bind_event(self, pattern: str) -> Callable[[Function], Function]:
+    def bind_event(
+        self,
+        pattern: str,
+        *,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        batch: int | None = None,
+        within: float = 0.05,
+    ) -> Callable[[Function], Function]:
         """Bind the decorated function to an event name, or to all names that a pattern matches.
 
         As in RabbitMQ's topic exchange ``*`` stands for one word and ``#`` for any number of words,
         none included; of several that match, the most specific wins, word by word from the left.
         A name of more than 256 words is found by no pattern but ``#`` alone.
 
+        With *batch* the function takes a list, ``list[EventObject]``, ``list[EventObject[Model]]``
+        or ``list[Model]``, and returns None or a list with a result for each event, in their order.
+        An exception in that list is the verdict on its event alone; one that is raised is that on
+        all of them.
+
+        Args:
+            pattern: dotted words.
+            timeout: seconds for one try; ``handler_timeout`` of the broker unless given.
+            retry: when a failed try is followed by another; ``retry`` of the broker unless given.
+            batch: the most events for one call.
+            within: seconds that the first event of a batch waits for the others.
+
         Raises:
-            ConfigurationError: the pattern is malformed or bound before, or the function has a
-                parameter that nothing can be given for.
+            ConfigurationError: the pattern is malformed or bound before, a number is out of range,
+                or the function has a parameter that nothing can be given for.
         """
         _check_words(pattern, wildcards=True)
+        terms = Terms(timeout, retry, batch, within)
 
         def bind(function: Function) -> Function:
-            self._add({pattern: Handler(function)})
+            self._add({pattern: Handler(function, terms)})
             return function
 
         return bind
@@ -77,7 +103,7 @@ class EventRouter:
             ConfigurationError: a name would be bound twice, *router* is included here already, or
                 a router would contain itself.
         """
-        if any(router is place for place, _ in self._places()):
+        if any(router is place for place, _, _ in self._places()):
             raise ConfigurationError(f"router {router.name!r} cannot be included in itself")
         if self in router._parents:
             raise ConfigurationError(f"router {router.name!r} is in {self.name!r} already")
@@ -85,17 +111,23 @@ class EventRouter:
         self._add({f"{router.name}.{pattern}": handler for pattern, handler in binds.items()})
         router._parents.append(self)
 
-    def _places(self) -> list[tuple[EventRouter, str]]:
-        """Return this router and those above, each with what it puts before a name of ours."""
-        places: list[tuple[EventRouter, str]] = [(self, "")]
-        for router, prefix in places:  # grows as it is read
-            places += [(parent, f"{router.name}.{prefix}") for parent in router._parents]
+    def _places(self) -> list[tuple[EventRouter, str, tuple[Middleware, ...]]]:
+        """Return this router and those above, each with what it puts before a name of ours.
+
+        And with the middleware that it puts around a handler of ours, from its own to ours.
+        """
+        places = [(self, "", self._middleware)]
+        for router, prefix, middleware in places:  # grows as it is read
+            places += [
+                (parent, f"{router.name}.{prefix}", (*parent._middleware, *middleware))
+                for parent in router._parents
+            ]
         return places
 
     def _add(self, binds: dict[str, Handler]) -> None:
         """Add binds here and in every router above, or nowhere."""
         added: defaultdict[EventRouter, dict[str, Handler]] = defaultdict(dict)
-        for router, prefix in self._places():
+        for router, prefix, middleware in self._places():
             for pattern, handler in binds.items():
                 name = prefix + pattern
                 taken = router._bound_to(name) or added[router].get(name)
@@ -104,7 +136,7 @@ class EventRouter:
                         f"event {name!r} of router {router.name!r} is bound twice: "
                         f"to {taken.name} and to {handler.name}"
                     )
-                added[router][name] = handler
+                added[router][name] = handler.within(middleware)
         for router, named in added.items():
             for name, handler in named.items():
                 router._insert(name, handler)
@@ -156,9 +188,9 @@ class EventRouter:
         handler = self.match(event.event)
         if handler is None:
             raise NoHandlerError(event.event, event.correlation_id)
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(_THREADS)
-        return await handler.call(event, self._limiter)
+        if self._scope is None:
+            self._scope = Scope(anyio.CapacityLimiter(_THREADS))
+        return await handler.handle(self._scope)(event)
 
 
 class Execution:

@@ -10,15 +10,17 @@ import anyio
 
 from kafka_broker import _wire
 from kafka_broker._dispatch import Dispatcher
-from kafka_broker._handling import Handling
+from kafka_broker._handler import Scope
+from kafka_broker._handling import Handling, Postponed
 from kafka_broker._replies import ReplyInbox
 from kafka_broker._transport import TopicSpec
 from kafka_broker.errors import BrokerClosedError, BrokerError, BrokerUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping, Sequence
 
     from kafka_broker._metrics import Metrics
+    from kafka_broker._middleware import Middleware
     from kafka_broker._outbox import Outbox
     from kafka_broker._router import EventRouter
     from kafka_broker._settings import BrokerSettings
@@ -60,6 +62,8 @@ class Run:
         outbox: Outbox,
         metrics: Metrics,
         *,
+        middleware: Sequence[Middleware],
+        given: Mapping[type, object],
         after: Run | None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -69,22 +73,33 @@ class Run:
         self._ready = False
         self.outbox = outbox
         self.transport = connect(settings)
-        self._handling = Handling(settings, router, storage, metrics)
         self._settings = settings
+        self._router = router
         self._storage = storage
         self._inbox = ReplyInbox(settings.reply_topic, settings.instance, storage, metrics)
-        self._dispatcher = Dispatcher(
+        handling = Handling(
             settings,
-            self.transport,
-            handle=self._handling,
+            router,
+            middleware,
+            storage=storage,
+            metrics=metrics,
+            transport=self.transport,
             outbox=outbox,
-            forget=storage.forget_events,
+            scope=Scope(anyio.CapacityLimiter(settings.concurrency), given),
+            ending=self._is_cut_off,
         )
+        self._dispatchers = {"events": self._dispatcher(settings.module, handling)}
+        if router is not None:
+            postponed = Postponed(settings, self.transport, outbox)
+            self._dispatchers["postponed events"] = self._dispatcher(
+                settings.retry_topic, postponed
+            )
         self._after = after
         if after is None:
             storage.open()
         self._stopping = asyncio.Event()
-        self._workers: dict[str, asyncio.Task[None]] = {}
+        self._replies: list[asyncio.Task[None]] = []
+        self._reading: dict[str, asyncio.Task[None]] = {}
         self._task = self.loop.create_task(
             self._supervise(), name=f"kafka_broker {settings.module}"
         )
@@ -104,13 +119,28 @@ class Run:
         """Whether nothing of it is left, or nothing can be: its loop was closed."""
         return self._task.done() or self.loop.is_closed()
 
-    def _is_ending(self) -> bool:
-        """Whether our tasks are cancelled for a reason: a stop, or a loop that closes."""
-        return self.stopping or self._task.cancelling() > 0 or self._task.done()
+    def _is_cut_off(self) -> bool:
+        """Whether our tasks are cancelled because the loop closes."""
+        return self._task.cancelling() > 0 or self._task.done()
 
     def request_stop(self) -> None:
         """Begin to stop; returns at once."""
         self._stopping.set()
+
+    def _dispatcher(self, topic: str, handle: Handling | Postponed) -> Dispatcher:
+        settings = self._settings
+        stored = self._router is None
+        return Dispatcher(
+            settings,
+            self.transport,
+            topic=topic,
+            group_id=settings.group_id + topic.removeprefix(settings.module),
+            concurrency=1 if stored else settings.concurrency,
+            handle=handle,
+            outbox=self.outbox,
+            forget=self._storage.forget_events if stored else _nothing,
+            ending=self._is_cut_off,
+        )
 
     async def wait_over(self) -> None:
         """Wait until it has stopped; cancelling the wait does not cancel the stop."""
@@ -190,12 +220,12 @@ class Run:
         await self.transport.start()
         await self._ensure_topics()
         await self._inbox.open(self.transport)
-        await self._dispatcher.open()
-        limiter = anyio.CapacityLimiter(self._settings.concurrency)
-        self._handling.open(self.transport, self.outbox, limiter, self._is_ending)
-        self._workers = {
-            "replies": self.loop.create_task(self._inbox.run(self.transport)),
-            "dispatch": self.loop.create_task(self._dispatcher.run()),
+        for dispatcher in self._dispatchers.values():
+            await dispatcher.open()
+        self._replies = [self.loop.create_task(self._inbox.run(self.transport))]
+        self._reading = {
+            name: self.loop.create_task(dispatcher.run())
+            for name, dispatcher in self._dispatchers.items()
         }
         instance = self._settings.instance
         self.outbox.open(
@@ -214,6 +244,11 @@ class Run:
             ),
             TopicSpec(settings.dead_letter_topic, 1),
         ]
+        if self._router is not None:
+            forever = {
+                "retention.ms": "-1"
+            }  # an event may be postponed for longer than the default
+            topics.append(TopicSpec(settings.retry_topic, 1, forever))
         if settings.create_topics:
             await self.transport.create_topics(topics)
             return
@@ -232,13 +267,13 @@ class Run:
     async def _watch(self) -> None:
         """Wait for a stop; a worker that ends before is a bug of ours, and ends everything."""
         stopping = self.loop.create_task(self._stopping.wait())
+        ours: set[asyncio.Future[Any]] = {*self._reading.values(), *self._replies}
+        ours |= {dispatcher.failed for dispatcher in self._dispatchers.values()}
         try:
-            done, _ = await asyncio.wait(
-                {stopping, *self._workers.values()}, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait({stopping, *ours}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
-        for worker in done - {stopping}:
+        for worker in done & ours:
             if worker.cancelled():
                 msg = "one of the broker's own tasks was cancelled, perhaps by a handler"
                 raise BrokerError(msg)
@@ -250,15 +285,31 @@ class Run:
         settings = self._settings
         why = STOPPED if self.failure is None else f"the broker failed: {self.failure!r}"
         try:
-            if dispatch := self._workers.pop("dispatch", None):
-                await self._dispatcher.stop(dispatch)
+            _logger.info("%s stops: no more events are read", settings.module)
+            await self._stop_handling()
             self.outbox.refuse(why)
             if self.started.exception() is None:
                 await self.outbox.flush(settings.drain_timeout)
         finally:
             self._storage.close(why)
-            for worker in self._workers.values():
+            for worker in self._replies:
                 worker.cancel()
                 await asyncio.wait({worker}, timeout=1.0)
             await self._disconnect()
             self.outbox.close()
+            _logger.info("%s has stopped", settings.module)
+
+    async def _stop_handling(self) -> None:
+        """Let what is handled end, and commit it; both topics at a time."""
+        stops = {
+            self.loop.create_task(self._dispatchers[name].stop(reading))
+            for name, reading in self._reading.items()
+        }
+        if stops:
+            await asyncio.wait(stops)
+        for stop in stops:
+            stop.result()
+
+
+def _nothing() -> None:
+    """Forget nothing: without a storage no events are kept."""

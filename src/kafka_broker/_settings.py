@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from kafka_broker._verdicts import RetryPolicy
 from kafka_broker.errors import ConfigurationError
 
 _LEGAL_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,200}")
@@ -40,9 +41,17 @@ class BrokerSettings(BaseSettings):
     """The consumer group; the module's name unless given."""
     instance: str = Field(default_factory=_default_instance, min_length=1)
     """What tells this replica from the others; unique for each process unless given."""
+    group_instance_id: str | None = Field(default=None, min_length=1)
+    """Makes this replica a static member of the group (KIP-345); each replica needs its own.
+
+    It may come back within ``session_timeout`` and find its partitions unmoved. The price: also
+    those of a replica that was stopped for good wait that long before another handles them.
+    """
+    rack_id: str | None = Field(default=None, min_length=1)
+    """Where this replica is: it reads from a node of the same rack if Kafka allows it (KIP-392)."""
 
     create_topics: bool = True
-    """Create the module, reply and dead-letter topics when they are missing."""
+    """Create the module, reply, retry and dead-letter topics when they are missing."""
     module_partitions: Count = 12
     """Partitions of the module topic when it is created: the most replicas that share its work."""
     reply_partitions: Count = 16
@@ -62,6 +71,13 @@ class BrokerSettings(BaseSettings):
     """How long a rebalance may take; most of it is left to the running handler."""
     session_timeout: Seconds = 30.0
     """How long Kafka waits for a silent replica before its partitions move."""
+    handler_timeout: Seconds = 300.0
+    """How long a handler may take for one try, unless its bind says otherwise.
+
+    Then it is cancelled and has failed.
+    """
+    retry: RetryPolicy = RetryPolicy()
+    """When a handler that raised is tried again in place, unless its bind says otherwise."""
     commit_interval: Seconds = 1.0
     """How often offsets are committed while events flow."""
     reply_ttl: Seconds = 60.0
@@ -74,7 +90,14 @@ class BrokerSettings(BaseSettings):
     storage_events: Count = 10_000
     """Events the storage holds before fetching stops; also how many unclaimed replies are kept."""
     concurrency: Count = 100
-    """Worker threads for plain ``def`` handlers."""
+    """Handlers that run at the same time; also the worker threads for plain ``def`` handlers."""
+    in_flight_events: Count = 10_000
+    """Events that may be taken from Kafka and not be committed yet.
+
+    They are shared out among the partitions. After a crash at most so many are handled again.
+    """
+    in_flight_bytes: Count = 64 * 1024 * 1024
+    """Bytes of events that wait for their handlers or are being handled, before fetching stops."""
 
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = "PLAIN"
@@ -97,9 +120,9 @@ class BrokerSettings(BaseSettings):
             raise ValueError(msg)
         return value
 
-    @field_validator("module", "group_id")
+    @field_validator("module", "group_id", "group_instance_id")
     @classmethod
-    def _legal_name(cls, value: str) -> str:
+    def _legal_name(cls, value: str | None) -> str | None:
         if value and not (_LEGAL_TOPIC.fullmatch(value) and value not in {".", ".."}):
             msg = "must be 1 to 200 characters of a-z A-Z 0-9 . _ -"
             raise ValueError(msg)
@@ -127,6 +150,11 @@ class BrokerSettings(BaseSettings):
         return f"{self.module}.replies"
 
     @property
+    def retry_topic(self) -> str:
+        """The topic for events that this module will handle later."""
+        return f"{self.module}.retry"
+
+    @property
     def dead_letter_topic(self) -> str:
         """The topic for events that this module could not handle."""
         return f"{self.module}.dlq"
@@ -144,8 +172,9 @@ def load_settings(module: str | None, values: dict[str, Any]) -> BrokerSettings:
         return BrokerSettings(**values)
     except ValidationError as exc:
         raise ConfigurationError(_sentence(exc)) from None
-    except SettingsError:  # the only setting that is JSON in the environment
-        msg = "client_options must be a JSON object (KAFKA_BROKER_CLIENT_OPTIONS)"
+    except SettingsError as exc:  # its text tells which one, and never quotes the value
+        name = "retry" if '"retry"' in str(exc) else "client_options"
+        msg = f"{name} must be a JSON object (KAFKA_BROKER_{name.upper()})"
         raise ConfigurationError(msg) from None
 
 

@@ -7,6 +7,7 @@ event or an `EventDecodeError`.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -15,10 +16,11 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from kafka_broker._event import COMPLETED, ERROR, PENDING, RESPOND, EventObject, Hop, Request
+from kafka_broker._verdicts import HandlerTimeoutError, Reject, RetryLater
 from kafka_broker.errors import EventDecodeError, NoHandlerError, RemoteError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from kafka_broker._transport import Headers, Record
 
@@ -30,8 +32,12 @@ DEADLINE = "kb-deadline"
 FORWARDED = "kb-forwarded"
 ORIGIN = "kb-origin"
 FAILURE = "kb-error"
+ATTEMPT = "kb-attempt"
+DUE = "kb-due"
 
+_OURS = frozenset({ORIGIN, FAILURE, ATTEMPT, DUE})
 _MAX_PARTITION = 1_000_000
+_MAX_DIGITS = 9
 _ENVELOPE = frozenset({"correlation_id", "event"})
 
 
@@ -110,10 +116,64 @@ def reply_headers(request: Request) -> tuple[tuple[str, bytes], ...]:
     return (correlation, (INSTANCE, request.instance))
 
 
-def dead_letter_headers(record: Record, error: BaseException) -> Headers:
+def origin_of(record: Record) -> tuple[str, bytes]:
+    """Return the header that tells where an event was first read: ``topic:partition:offset``."""
+    for name, value in record.headers:
+        if name == ORIGIN and value:
+            return ORIGIN, value
+    return ORIGIN, f"{record.topic}:{record.partition}:{record.offset}".encode()
+
+
+def dead_letter_headers(record: Record, attempt: int, error: BaseException) -> Headers:
     """Return a record's own headers and after them where it came from and why it is dead."""
-    origin = f"{record.topic}:{record.partition}:{record.offset}"
-    return (*record.headers, (ORIGIN, origin.encode()), (FAILURE, type(error).__name__.encode()))
+    failure = (FAILURE, type(error).__name__.encode())
+    return (*_without(record.headers, _OURS), origin_of(record), _attempt(attempt), failure)
+
+
+def postponed_headers(record: Record, attempt: int, due: float) -> Headers:
+    """Return a record's own headers and after them when the try number *attempt* is due."""
+    at = (DUE, b"%d" % math.ceil(due * 1000))
+    return (*_without(record.headers, _OURS), origin_of(record), _attempt(attempt), at)
+
+
+def due_headers(record: Record) -> Headers:
+    """Return the headers of a postponed record as it goes back to the topic it came from."""
+    return _without(record.headers, {DUE})
+
+
+def replayed_headers(record: Record, attempt: int) -> Headers:
+    """Return the headers of a dead letter that goes back to the topic it came from."""
+    return (*_without(record.headers, _OURS), _attempt(attempt))
+
+
+def _without(headers: Headers, names: Container[str]) -> Headers:
+    return [header for header in headers if header[0] not in names]
+
+
+def _attempt(attempt: int) -> tuple[str, bytes]:
+    return ATTEMPT, b"%d" % attempt
+
+
+def attempt_of(record: Record) -> int:
+    """Return the number of the try that comes next, or that a dead letter failed in; from 1."""
+    for name, value in record.headers:
+        if name == ATTEMPT and value and value.isdigit() and len(value) <= _MAX_DIGITS:
+            return max(1, int(value))
+    return 1
+
+
+def due_of(record: Record) -> float:
+    """Return when a postponed record is due, in seconds since the epoch; 0 if it does not say."""
+    return _deadline(named(record.headers).get(DUE)) or 0.0
+
+
+def place_of(record: Record) -> tuple[str, int, int] | None:
+    """Return the topic, partition and offset where an event was first read, if it tells."""
+    topic, _, rest = origin_of(record)[1].decode("utf-8", "replace").partition(":")
+    partition, _, offset = rest.partition(":")
+    if not (partition.isdigit() and offset.isdigit()):
+        return None
+    return topic, int(partition), int(offset)
 
 
 def named(headers: Headers) -> dict[str, bytes | None]:
@@ -255,6 +315,13 @@ def problem(error: BaseException, event: EventObject[Any], module: str) -> dict[
         status, code, detail = 501, "no-handler", f"no handler is bound to event {event.event!r}"
     elif isinstance(error, EventDecodeError):
         status, code, detail = 422, "bad-data", str(error)
+    elif isinstance(error, Reject):
+        status, code, detail = error.status, error.code, error.detail
+    elif isinstance(error, RetryLater):
+        status, code = 503, "retry-later"
+        detail = f"another try is possible in {error.seconds:g} s, after the deadline"
+    elif isinstance(error, HandlerTimeoutError):
+        status, code, detail = 504, "handler-timeout", str(error)
     else:
         status, code = 500, "handler-failed"
         detail = (

@@ -1,19 +1,24 @@
-"""A real Kafka for tests, on any machine that has Docker or Java.
+"""For tests: a real Kafka on any machine that has Docker or Java, faults, and replacements.
 
     @pytest.fixture(scope="session")
     def bootstrap_servers():
         with kafka_server() as servers:
             yield servers
 
-Everything here blocks: call it from fixtures, not from coroutines.
+`kafka_server` and `NativeKafka` block: call them from fixtures, not from coroutines.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from kafka_broker import _depends
+from kafka_broker._event import EventObject
+from kafka_broker._faults import InjectedError, delay, duplicate, fail_some
+from kafka_broker._manager import BrokerManager
 from kafka_broker._native_kafka import (
     OLDEST_JAVA,
     NativeKafka,
@@ -24,11 +29,22 @@ from kafka_broker._native_kafka import (
 from kafka_broker._transport.memory import MemoryCluster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
     from testcontainers.community.kafka import KafkaContainer
 
-__all__ = ["MemoryCluster", "NativeKafka", "NoKafkaError", "kafka_server"]
+__all__ = [
+    "InjectedError",
+    "MemoryCluster",
+    "NativeKafka",
+    "NoKafkaError",
+    "delay",
+    "duplicate",
+    "fail_some",
+    "kafka_server",
+    "override",
+]
 
 _VARIABLE = "KAFKA_BROKER_BOOTSTRAP_SERVERS"
 
@@ -62,6 +78,23 @@ def kafka_server(*, report: Report = to_stderr) -> Iterator[str]:
                 f"testcontainers`), or install Java {OLDEST_JAVA} and Maven, or set {_VARIABLE}."
             )
         yield servers
+
+
+@contextmanager
+def override(dependency: Callable[..., Any], replacement: Callable[..., Any]) -> Iterator[None]:
+    """Give every handler what *replacement* returns, for ``Depends(dependency)``, in a ``with``.
+
+    Its parameters follow the rules of any dependency. Overrides may be nested: the inner one holds.
+
+    Raises:
+        ConfigurationError: a parameter of the replacement that nothing can be given for; it depends
+            on what it replaces.
+        ImportError: fast-depends is not installed.
+    """
+    if find_spec("fast_depends") is None:
+        raise ImportError("override needs fast-depends: pip install 'kafka-broker-aio[depends]'")
+    with _depends.replaced(dependency, replacement, (EventObject, BrokerManager)):
+        yield
 
 
 @contextmanager

@@ -135,12 +135,16 @@ class Group:
 
     @asynccontextmanager
     async def member(
-        self, name: str, on_revoked: Callable[[Member], Awaitable[object]] | None = None
+        self,
+        name: str,
+        on_revoked: Callable[[Member], Awaitable[object]] | None = None,
+        *,
+        group_id: str | None = None,
     ) -> AsyncIterator[Member]:
         """Join under *name*, and read until this context ends."""
         member = Member(self, name, on_revoked)
         member.subscription = await self._transport.subscribe(
-            self._topic, on_assigned=member.assign, on_revoked=member.revoke
+            self._topic, group_id, on_assigned=member.assign, on_revoked=member.revoke
         )
         pump = asyncio.create_task(member.read())
         try:
@@ -551,6 +555,18 @@ async def test_groups_do_not_share(transport: Transport, servers: str, topic: st
     assert [b"v"] == values(first.records) == values(second.records)
 
 
+async def test_one_transport_joins_two_groups(transport: Transport, topic: str) -> None:
+    """A group that is named reads and commits beside the group of the settings."""
+    await send(transport, topic, 0, b"0", b"1")
+    group, other = Group(transport, topic), unique("group")
+    async with group.member("a") as first, group.member("b", group_id=other) as second:
+        await group.until(lambda: len(first.records) == len(second.records) == 2)
+        assert await second.subscription.commit({0: 1})
+    async with group.member("c") as first, group.member("d", group_id=other) as second:
+        await group.until(lambda: len(first.records) >= 2 and second.records)
+    assert ([b"0", b"1"], [b"1"]) == (values(first.records), values(second.records))
+
+
 async def test_two_members_share_the_partitions(transport: Transport, topic: str) -> None:
     """Each partition belongs to one member, so each record is read by exactly one."""
     group = Group(transport, topic)
@@ -652,18 +668,142 @@ async def test_a_commit_after_the_close_is_refused(transport: Transport, topic: 
     assert await member.subscription.commit({0: 0}) is False
 
 
-async def test_a_silent_subscription_fetches_nothing(transport: Transport, topic: str) -> None:
-    """Where nothing arrives, a fetch of a member returns nothing, soon."""
+async def lose_session(transport: Any, servers: str, member: Member) -> None:
+    """Remove the only member from its group behind its back, as when Kafka missed it too long."""
+    if servers.startswith("memory://"):
+        cluster(servers.removeprefix("memory://")).expel(transport._settings.group_id)
+        return
+    from aiokafka.protocol.group import LeaveGroupRequest  # noqa: PLC0415 - needs aiokafka
+
+    subscription: Any = member.subscription
+    coordinator = subscription._consumer._coordinator
+    await coordinator._send_req(LeaveGroupRequest(coordinator.group_id, coordinator.member_id))
+
+
+async def test_nothing_is_committed_after_a_lost_session(
+    transport: Transport, servers: str, topic: str
+) -> None:
+    """Who lost its session commits nothing, not in on_revoked either; then it joins again."""
+    await send(transport, topic, 0, b"0", b"1", b"2")
+    answers: list[bool] = []
+
+    async def commit_late(member: Member) -> None:
+        answers.append(await member.subscription.commit({0: 1}))
+
+    group = Group(transport, topic)
+    async with group.member("a", commit_late) as member:
+        await group.until(lambda: len(member.records) >= 3)
+        assert await member.subscription.commit({0: 2})
+        member.records.clear()
+        await lose_session(transport, servers, member)
+        await commit_late(member)
+        await group.until(lambda: member.records)
+    assert [False, False] == answers
+    assert [b"2"] == values(member.records)
+
+
+async def test_a_commit_after_giving_up_is_refused(transport: Transport, topic: str) -> None:
+    """When on_revoked has returned, nothing is committed until there is a new assignment."""
+    group = Group(transport, topic)
+    async with group.member("a") as first:
+        await group.until(lambda: first.owns(2))
+        assert await first.subscription.commit({0: 0})
+        async with group.member("b"):
+            await group.until(lambda: first.revoked)
+            assert await first.subscription.commit({0: 0}) is False
+
+
+@asynccontextmanager
+async def subscribed(
+    transport: Transport, topic: str, on_revoked: Callable[[], Awaitable[object]] | None = None
+) -> AsyncIterator[Subscription]:
+    """Hold a subscription that has its partitions, and leave fetching to the test."""
     assigned = asyncio.Event()
 
-    async def on_revoked(_: frozenset[int]) -> None: ...
+    async def revoke(_: frozenset[int]) -> None:
+        if on_revoked is not None:
+            await on_revoked()
 
     subscription = await transport.subscribe(
-        topic, on_assigned=lambda _: assigned.set(), on_revoked=on_revoked
+        topic, on_assigned=lambda _: assigned.set(), on_revoked=revoke
     )
-    async with asyncio.timeout(PATIENCE):
-        await assigned.wait()
-    async with asyncio.timeout(5):
-        records = await subscription.fetch()
-    await subscription.close()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await assigned.wait()
+        yield subscription
+    finally:
+        await subscription.close()
+
+
+async def test_partitions_can_be_left_out(transport: Transport, topic: str) -> None:
+    """What is left out stays where it is: none of it is lost, doubled or out of order."""
+    sent = [b"%d" % number for number in range(700)]
+    for partition in range(2):
+        await send(transport, topic, partition, *sent)
+    records: list[Record] = []
+    choices: list[frozenset[int]] = [frozenset({0}), frozenset({1}), frozenset()]
+    async with subscribed(transport, topic) as subscription, asyncio.timeout(PATIENCE):
+        while len(records) < 2 * len(sent):
+            leave_out = choices[0]
+            choices = choices[1:] + choices[:1]
+            fetched = await subscription.fetch(leave_out)
+            assert leave_out.isdisjoint(record.partition for record in fetched)
+            records += fetched
+    for partition in range(2):
+        own = [record.value for record in records if record.partition == partition]
+        assert sent == own
+
+
+@pytest.mark.parametrize("leave_out", [(), (0,), (0, 1)])
+async def test_a_fetch_waits_as_long_as_it_is_told(
+    transport: Transport, topic: str, leave_out: tuple[int, ...]
+) -> None:
+    """Where nothing may be returned it takes its timeout, also when all is left out."""
+    loop = asyncio.get_running_loop()
+    await send(transport, topic, 0, b"0")
+    async with subscribed(transport, topic) as subscription:
+        if not leave_out:
+            await fetched(subscription, 1)
+        begin = loop.time()
+        records = await subscription.fetch(leave_out, timeout=0.2)
+        elapsed = loop.time() - begin
     assert [] == list(records)
+    assert 0.19 < elapsed < 0.5
+
+
+async def test_a_fetch_does_not_wait_for_a_rebalance(transport: Transport, topic: str) -> None:
+    """While partitions are given up, a fetch returns nothing after its timeout."""
+    revoking, go_on = asyncio.Event(), asyncio.Event()
+
+    async def give_up() -> None:
+        revoking.set()
+        await go_on.wait()
+
+    group = Group(transport, topic)
+    async with subscribed(transport, topic, give_up) as subscription, group.member("b"):
+        await send(transport, topic, 0, b"0")
+        async with asyncio.timeout(PATIENCE):
+            await revoking.wait()
+        async with asyncio.timeout(2):
+            assert [] == list(await subscription.fetch(timeout=0.2))
+        go_on.set()
+
+
+async def test_no_partition_waits_for_a_hot_one(transport: Transport) -> None:
+    """Of four partitions that each have more than a fetch returns, four fetches return some."""
+    topic = unique("topic")
+    await transport.create_topics([TopicSpec(topic, 4)])
+    for partition in range(4):
+        await send(transport, topic, partition, *[b"v"] * 1200)
+    fetches: list[Sequence[Record]] = []
+    async with subscribed(transport, topic) as subscription, asyncio.timeout(PATIENCE):
+        while len(fetches) < 4:
+            if records := await subscription.fetch():
+                fetches.append(records)
+    assert {0, 1, 2, 3} == {record.partition for records in fetches for record in records}
+
+
+async def test_a_silent_subscription_fetches_nothing(transport: Transport, topic: str) -> None:
+    """Where nothing arrives, a fetch of a member returns nothing, soon."""
+    async with subscribed(transport, topic) as subscription, asyncio.timeout(5):
+        assert [] == list(await subscription.fetch())

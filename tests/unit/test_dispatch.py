@@ -19,7 +19,7 @@ from kafka_broker.errors import DeliveryError, DeliveryUnknownError, RemoteError
 from kafka_broker.testing import MemoryCluster
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from kafka_broker._metrics import Counted
 
@@ -66,15 +66,23 @@ class Bank:
         router = self.router if self._routed else None
         return BrokerManager("Bank", router=router, metrics=self.metrics, **self._values)
 
-    def put(self, data: Any = None, *, event: str = "note", reply_to: str | None = None) -> None:
+    def put(
+        self,
+        data: Any = None,
+        *,
+        event: str = "note",
+        reply_to: str | None = None,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
         """Append an event; with *reply_to* somebody waits for its reply there."""
         correlation_id = uuid.uuid4().hex
-        headers: list[tuple[str, bytes]] = []
+        headers = list(headers)
         if reply_to is not None:
             correlation = (wire.CORRELATION_ID, correlation_id.encode())
-            headers = [correlation, (wire.REPLY_TOPIC, reply_to.encode())]
+            headers += [correlation, (wire.REPLY_TOPIC, reply_to.encode())]
         value = json.dumps({"correlation_id": correlation_id, "event": event, "data": data})
-        self.cluster.append("Bank", value=value.encode(), headers=headers)
+        self.cluster.append("Bank", key=key, value=value.encode(), headers=headers)
 
     @property
     def committed(self) -> int:
@@ -600,8 +608,8 @@ async def test_a_stop_lets_the_running_handler_end() -> None:
     began, release = _patient(bank)
     broker = bank.broker()
     await broker.init_consumer()
-    bank.put("first", event="work", reply_to="Bank.dlq")
-    bank.put("second", event="work", reply_to="Bank.dlq")
+    bank.put("first", event="work", reply_to="Bank.dlq", key=b"k")
+    bank.put("second", event="work", reply_to="Bank.dlq", key=b"k")
     await until(began.is_set)
     stopping = asyncio.create_task(broker.stop())
     await asyncio.sleep(5)
@@ -627,7 +635,8 @@ async def test_a_stop_waits_for_a_handler_for_a_while_only(
     before = _now()
     await broker.stop()
     assert 2 <= _now() - before < 4
-    assert "a handler still runs after 2 s" in caplog.text
+    assert "1 handlers still run after 2 s" in caplog.text
+    assert "handled again: Bank:0:0" in caplog.text
     assert (0, []) == (bank.committed, bank.cluster.records("Bank.dlq"))
     release.set()
     async with serves(bank):

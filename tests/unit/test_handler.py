@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from kafka_broker import EventObject
 from kafka_broker._event import Request
-from kafka_broker._handler import Handler, Payload
+from kafka_broker._handler import Handler, Payload, Scope
 from kafka_broker.errors import ConfigurationError, EventDecodeError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Validated(BaseModel):
 
 async def call(function: Callable[..., Any], data: Any = None, **fields: Any) -> Any:
     event = EventObject(event="card.charge", data=data, **fields)
-    return await Handler(function).call(event, anyio.CapacityLimiter(1))
+    return await Handler(function).call(event, Scope(anyio.CapacityLimiter(1)))
 
 
 async def turn() -> None:
@@ -123,7 +123,7 @@ async def test_a_parameter_annotated_as_the_event_is_given_it() -> None:
         return it
 
     event = EventObject(event="a")
-    assert event is await Handler(handler).call(event, anyio.CapacityLimiter(1))
+    assert event is await Handler(handler).call(event, Scope(anyio.CapacityLimiter(1)))
 
 
 async def test_a_bare_parameter_is_given_the_event() -> None:
@@ -167,7 +167,7 @@ async def test_the_event_with_its_data_as_a_model() -> None:
     event = EventObject(event="a", data=data, status="odd")
     before = event.model_dump()
     request = event._request = Request("topic", 1, b"id")
-    given: EventObject[Card] = await Handler(handler).call(event, anyio.CapacityLimiter(1))
+    given: EventObject[Card] = await Handler(handler).call(event, Scope(anyio.CapacityLimiter(1)))
     assert Card(number="1", amount=2) == given.data
     assert isinstance(given, EventObject)
     assert before == event.model_dump()
@@ -516,7 +516,7 @@ async def test_a_cancelled_async_handler_is_cancelled() -> None:
 
 
 async def test_a_cancelled_wait_abandons_the_thread() -> None:
-    """The wait ends at once; the thread runs to its end, and its place is free for the next."""
+    """The wait ends at once; the thread runs to its end, and holds its place until then."""
     loop, begun, ended = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     go_on = threading.Event()
 
@@ -527,13 +527,15 @@ async def test_a_cancelled_wait_abandons_the_thread() -> None:
 
     limiter = anyio.CapacityLimiter(1)
     event = EventObject(event="a")
-    task = asyncio.ensure_future(Handler(plain).call(event, limiter))
+    task = asyncio.ensure_future(Handler(plain).call(event, Scope(limiter)))
     await begun.wait()
     task.cancel()
     await asyncio.wait({task})
-    assert (True, False, 0) == (task.cancelled(), ended.is_set(), limiter.borrowed_tokens)
+    assert (True, False, 1) == (task.cancelled(), ended.is_set(), limiter.borrowed_tokens)
     go_on.set()
     await ended.wait()
+    async with limiter:
+        assert 1 == limiter.borrowed_tokens
 
 
 async def test_a_cancelled_scope_abandons_the_thread() -> None:
@@ -561,7 +563,9 @@ async def test_a_cancelled_wait_for_a_thread_never_runs_the_function() -> None:
     called: list[str] = []
     event = EventObject(event="a")
     async with limiter:
-        task = asyncio.ensure_future(Handler(lambda: called.append("it")).call(event, limiter))
+        task = asyncio.ensure_future(
+            Handler(lambda: called.append("it")).call(event, Scope(limiter))
+        )
         await turn()
         assert 1 == limiter.statistics().tasks_waiting
         task.cancel()

@@ -640,6 +640,111 @@ async def test_close_lets_a_rebalance_end(
     assert {asyncio.current_task()} == asyncio.all_tasks()
 
 
+async def test_expelled_members_join_again(
+    kafka: MemoryCluster, transport: MemoryTransport
+) -> None:
+    """Each member is told once of its loss, and afterwards all of them share the partitions."""
+    members = []
+    for expected in (["01"], ["0", "1"], ["0", "1", ""]):
+        members.append(await join(transport))
+        await until_shared(members, expected)
+    before = [len(member.events) for member in members]
+    kafka.expel(GROUP)
+    assert 1 == kafka.members(GROUP)  # who had no partitions is back at once
+    await members[0].until(before[0] + 2)
+    await members[1].until(before[1] + 2)
+    losses = [member.events[count] for member, count in zip(members, before, strict=True)]
+    assert [("revoked", [0]), ("revoked", [1]), ("assigned", [0, 1])] == losses
+    await until_shared(members, ["0", "1", ""])
+
+
+async def until_shared(members: Sequence[Member], expected: list[str]) -> None:
+    """Wait until the members were told last of just these partitions, one string for each."""
+
+    def told(member: Member) -> tuple[str, str]:
+        kind, partitions = member.events[-1] if member.events else ("", [])
+        return kind, "".join(map(str, partitions))
+
+    async with asyncio.timeout(5):
+        while [("assigned", partitions) for partitions in expected] != [*map(told, members)]:
+            for member in members:
+                member.told.clear()
+            waits = [asyncio.ensure_future(member.told.wait()) for member in members]
+            _, others = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in others:
+                wait.cancel()
+
+
+@VIRTUAL
+async def test_who_is_expelled_while_it_gives_up_is_told_once(
+    kafka: MemoryCluster, transport: MemoryTransport
+) -> None:
+    """A rebalance that is cut short by lost sessions ends with everyone back."""
+    go_on = asyncio.Event()
+    answers: list[bool] = []
+
+    async def wait(member: Member) -> None:
+        await go_on.wait()
+        answers.append(await member.subscription.commit({0: 1}))
+
+    slow = await join(transport, wait)
+    await slow.until(1)
+    quick = await join(transport)
+    await slow.until(2)
+    kafka.expel(GROUP)
+    assert [("assigned", [0, 1])] == await quick.until(1)
+    go_on.set()
+    told = [("assigned", [0, 1]), ("revoked", [0, 1]), ("assigned", [0])]
+    assert (told, [False]) == (await slow.until(3), answers)
+    assert [("revoked", [0, 1]), ("assigned", [1])] == (await quick.until(3))[1:]
+
+
+async def test_a_commit_under_way_is_not_made_in_the_next_assignment(
+    kafka: MemoryCluster, transport: MemoryTransport
+) -> None:
+    """A commit that began before its partitions were given up is refused when they are back."""
+    commits: list[asyncio.Task[bool]] = []
+
+    async def begin(member: Member) -> None:
+        commits.append(asyncio.create_task(member.subscription.commit({0: 1})))
+        await asyncio.sleep(0)
+
+    member = await join(transport, begin)
+    await member.until(1)
+    kafka.rebalance(GROUP)
+    await member.until(3)
+    assert ([False], {}) == (await asyncio.gather(*commits), kafka.committed(GROUP, TOPIC))
+
+
+async def test_who_waits_for_others_is_expelled_too(
+    kafka: MemoryCluster, transport: MemoryTransport
+) -> None:
+    """A member that has given up, and waits for one that has not, is back at once."""
+    go_on = asyncio.Event()
+    members = [await join(transport, lambda _: go_on.wait()), await join(transport)]
+    go_on.set()
+    await members[1].until(1)
+    go_on.clear()
+    kafka.rebalance(GROUP)
+    await members[1].until(2)
+    assert await members[1].subscription.commit({1: 1}) is False
+    kafka.expel(GROUP)
+    assert 1 == kafka.members(GROUP)
+    go_on.set()
+    await until_shared(members, ["0", "1"])
+
+
+async def test_a_closed_member_does_not_come_back(
+    kafka: MemoryCluster, transport: MemoryTransport
+) -> None:
+    """Who leaves while it is told of its loss stays away."""
+    member = await join(transport)
+    await member.until(1)
+    kafka.expel(GROUP)
+    await member.subscription.close()
+    assert 0 == kafka.members(GROUP)
+
+
 async def test_leaving_while_others_give_up(transport: MemoryTransport) -> None:
     """A member that leaves during a rebalance is not waited for."""
     go_on = asyncio.Event()

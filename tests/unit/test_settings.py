@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from kafka_broker import RetryPolicy
 from kafka_broker._settings import BrokerSettings, load_settings
 from kafka_broker.errors import ConfigurationError
 
@@ -18,6 +19,8 @@ VALUES: dict[str, Any] = {
     "bootstrap_servers": "kafka-1:9092,kafka-2:9092",
     "group_id": "another-group",
     "instance": "replica-1",
+    "group_instance_id": "member-1",
+    "rack_id": "zone-a",
     "create_topics": False,
     "module_partitions": 3,
     "reply_partitions": 5,
@@ -28,12 +31,16 @@ VALUES: dict[str, Any] = {
     "drain_timeout": 4.5,
     "rebalance_timeout": 5.5,
     "session_timeout": 6.5,
+    "handler_timeout": 9.5,
+    "retry": {"attempts": 5, "base": 0.5, "cap": 2.0, "jitter": 0.0},
     "commit_interval": 0.5,
     "reply_ttl": 8.5,
     "outbox_events": 11,
     "outbox_bytes": 12,
     "storage_events": 13,
     "concurrency": 14,
+    "in_flight_events": 15,
+    "in_flight_bytes": 16,
     "security_protocol": "SSL",
     "sasl_mechanism": "SCRAM-SHA-512",
     "username": "me",
@@ -60,6 +67,8 @@ def in_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> No
 
 
 def plain(value: object) -> object:
+    if isinstance(value, RetryPolicy):
+        return value.model_dump(exclude_unset=True)
     return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
@@ -101,7 +110,7 @@ def test_an_argument_wins_over_the_environment(name: str, monkeypatch: pytest.Mo
         int: 99,
         float: 99.5,
         bool: True,
-        dict: {"metadata_max_age_ms": 1},
+        dict: {"attempts": 1} if name == "retry" else {"metadata_max_age_ms": 1},
     }[type(VALUES[name])]
     in_environment(monkeypatch, name, "PLAIN" if name == "sasl_mechanism" else other)
     assert VALUES[name] == plain(getattr(load_settings("Orders", {name: VALUES[name]}), name))
@@ -196,6 +205,9 @@ def test_a_count_is_positive_and_whole(name: str, value: object) -> None:
         ("bootstrap_servers", ""),
         ("bootstrap_servers", [SECRET]),
         ("instance", ""),
+        ("group_instance_id", ""),
+        ("group_instance_id", f"{SECRET} and more"),
+        ("rack_id", ""),
         ("group_id", f"{SECRET} and more"),
     ],
 )

@@ -6,12 +6,15 @@ Everything here belongs to one event loop. Errors that leave a transport are tho
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import asyncio
+
+FETCH_TIMEOUT: Final = 0.5
+"""Seconds of silence after which a fetch returns nothing, unless told otherwise."""
 
 Headers = Sequence[tuple[str, bytes | None]]
 """Kafka's headers: ordered, a name may repeat, a value may be null or any bytes."""
@@ -89,13 +92,24 @@ class Reader(Protocol):
 class Subscription(Protocol):
     """A group member on one topic; begins at the committed offset, else the earliest."""
 
-    async def fetch(self) -> Sequence[Record]:
-        """As `Reader.fetch`, over all partitions assigned now; offset order within each."""
+    async def fetch(
+        self, leave_out: Collection[int] = (), *, timeout: float = FETCH_TIMEOUT
+    ) -> Sequence[Record]:
+        """As `Reader.fetch`, over the partitions assigned now; offset order within each.
+
+        No partition waits for another that has more than one fetch can return. Also in a rebalance
+        it returns after *timeout*.
+
+        Args:
+            leave_out: partitions whose records stay where they are until a later fetch.
+            timeout: seconds to wait for a record.
+        """
 
     async def commit(self, offsets: Mapping[int, int]) -> bool:
         """Commit the next offset to read of each partition.
 
-        Returns False when the group refused, because a partition is no longer ours.
+        Returns False when a partition is not ours any more: what was read under one assignment is
+        never committed under another, nor after the group has lost us, however long that takes.
 
         Raises:
             BrokerUnavailableError: Kafka did not answer in time; it may have been committed.
@@ -108,7 +122,10 @@ class Subscription(Protocol):
 OnAssigned = Callable[[frozenset[int]], None]
 """Called with the partitions just assigned, before the first of their records is fetched."""
 OnRevoked = Callable[[frozenset[int]], Awaitable[None]]
-"""Awaited before the partitions go to another member; commits made inside it still count."""
+"""Awaited before the partitions go to another member; commits made inside it still count.
+
+After a lost session it is awaited, too, but the partitions are gone: commits are refused.
+"""
 
 
 class Transport(Protocol):
@@ -165,9 +182,16 @@ class Transport(Protocol):
         """
 
     async def subscribe(
-        self, topic: str, *, on_assigned: OnAssigned, on_revoked: OnRevoked
+        self,
+        topic: str,
+        group_id: str | None = None,
+        *,
+        on_assigned: OnAssigned,
+        on_revoked: OnRevoked,
     ) -> Subscription:
-        """Join the consumer group of the settings on *topic*; does not wait for an assignment.
+        """Join a consumer group on *topic*, that of the settings unless another is given.
+
+        It does not wait for an assignment.
 
         Raises:
             BrokerUnavailableError: as `partitions`.

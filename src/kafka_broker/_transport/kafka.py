@@ -150,13 +150,20 @@ class KafkaTransport:
         return KafkaReader(consumer, position)
 
     async def subscribe(
-        self, topic: str, *, on_assigned: OnAssigned, on_revoked: OnRevoked
+        self,
+        topic: str,
+        group_id: str | None = None,
+        *,
+        on_assigned: OnAssigned,
+        on_revoked: OnRevoked,
     ) -> KafkaSubscription:
         """Join the group; see `Transport.subscribe`."""
         await self._check_exists(topic)
         settings = self._settings
+        group_id = group_id or settings.group_id
         group = {
-            "group_id": settings.group_id,
+            "group_id": group_id,
+            "group_instance_id": settings.group_instance_id,
             "session_timeout_ms": int(settings.session_timeout * 1000),
             "heartbeat_interval_ms": int(min(1.0, settings.session_timeout / 3) * 1000),
             "rebalance_timeout_ms": int(settings.rebalance_timeout * 1000),
@@ -166,7 +173,7 @@ class KafkaTransport:
         consumer = AIOKafkaConsumer(**consumer_options(settings, group))
         subscription = KafkaSubscription(consumer, topic, on_assigned, on_revoked)
         try:
-            with translated(f"cannot join group {settings.group_id!r} on topic {topic!r}"):
+            with translated(f"cannot join group {group_id!r} on topic {topic!r}"):
                 async with asyncio.timeout(REQUEST_TIMEOUT):
                     await consumer.start()
                     consumer.subscribe([topic], listener=subscription)

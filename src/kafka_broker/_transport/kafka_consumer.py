@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka
+from aiokafka.structs import OffsetAndMetadata
 
+from kafka_broker._transport import FETCH_TIMEOUT
 from kafka_broker._transport.kafka_client import (
     FOREIGN,
     REQUEST_TIMEOUT,
@@ -20,22 +22,31 @@ from kafka_broker._transport.kafka_client import (
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._transport import OnAssigned, OnRevoked, Record
 
 _logger = logging.getLogger("kafka_broker.transport")
 
-_POLL_MS: Final = 500
 _POLL_RECORDS: Final = 200
+_GRACE: Final = 0.1
+"""Seconds that aiokafka is given to end a fetch by itself; cut off, it forgets a future."""
+_REST: Final = 0.1
+"""Seconds between two tries of a commit."""
 _LOST_MEMBERSHIP: Final = (
-    kafka.CommitFailedError,
-    kafka.IllegalStateError,
     kafka.IllegalGenerationError,
     kafka.UnknownMemberIdError,
     kafka.RebalanceInProgressError,
 )
+
+
+class _Membership(NamedTuple):
+    """Who we are in the group while an assignment lasts, and the partitions it gave us."""
+
+    generation: int
+    member_id: str
+    partitions: frozenset[int]
 
 
 def consumer_options(settings: BrokerSettings, group: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +54,7 @@ def consumer_options(settings: BrokerSettings, group: dict[str, Any]) -> dict[st
         "enable_auto_commit": False,
         "auto_offset_reset": "earliest",
         "fetch_max_wait_ms": 100,
+        "client_rack": settings.rack_id,
         "request_timeout_ms": int(REQUEST_TIMEOUT * 1000),
         **group,
     }
@@ -55,10 +67,12 @@ class _Consumer:
     def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
 
-    async def fetch(self) -> Sequence[Record]:
-        """Return what has arrived; see `Reader.fetch`."""
+    async def _poll(self, *places: TopicPartition, timeout: float) -> list[Record]:
+        """Return what has arrived, or has in *places* if there are any."""
         try:
-            batches = await self._consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+            batches = await self._consumer.getmany(
+                *places, timeout_ms=timeout * 1000, max_records=_POLL_RECORDS
+            )
         except Exception as exc:  # one record that cannot be parsed raises anything
             raise unavailable("fetching failed", exc) from exc
         if not batches:
@@ -86,7 +100,7 @@ class KafkaReader(_Consumer):
 
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived; see `Reader.fetch`."""
-        records = await super().fetch()
+        records = await self._poll(timeout=FETCH_TIMEOUT)
         if records:
             self.position = records[-1].offset + 1
         return records
@@ -104,64 +118,159 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         self._on_revoked = on_revoked
         self._assigned = asyncio.Event()
         self._epoch = 0
-        self._held: Sequence[Record] = ()
+        self._held: list[Record] = []
         self._held_epoch = 0
+        self._served: set[TopicPartition] = set()
+        self._membership: _Membership | None = None
+        self._committing = asyncio.Lock()
         self._closed = False
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """Let records through; called by aiokafka."""
         self._epoch += 1
-        self._on_assigned(frozenset(place.partition for place in assigned))
-        self._assigned.set()
+        partitions = frozenset(place.partition for place in assigned)
+        self._membership = _Membership(*self._identity(), partitions)
+        try:
+            self._on_assigned(partitions)
+        finally:  # aiokafka logs the error and goes on; so do we
+            self._assigned.set()
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
         """Hold records back until the next assignment; called by aiokafka."""
         self._epoch += 1
         self._assigned.clear()
-        if not revoked:
-            return
         try:
-            await self._on_revoked(frozenset(place.partition for place in revoked))
+            if revoked:
+                await self._on_revoked(frozenset(place.partition for place in revoked))
         except Exception:  # aiokafka would swallow it
             _logger.exception("giving up partitions of %s failed", self._topic)
+        finally:
+            self._membership = None
 
-    async def fetch(self) -> Sequence[Record]:
+    def _identity(self) -> tuple[int, str]:
+        """Return who aiokafka takes us for now; a lost session leaves -1 and no name."""
+        coordinator = self._consumer._coordinator  # noqa: SLF001  # ADR 0007 lists what we use
+        return coordinator.generation, coordinator.member_id
+
+    async def fetch(
+        self, leave_out: Collection[int] = (), *, timeout: float = FETCH_TIMEOUT
+    ) -> Sequence[Record]:
         """Return what has arrived; see `Subscription.fetch`.
 
         aiokafka hands out records of an assignment before it tells of it: those wait here, and are
         dropped, to be read again, when it is over before they could be handed on.
         """
-        if not self._held:
-            self._held = await super().fetch()
-            self._held_epoch = self._epoch if self._assigned.is_set() else self._epoch + 1
-        if self._held and not self._assigned.is_set():
-            await self._wait_assigned()
-            return ()
-        records, self._held = self._held, ()
-        return records if self._epoch == self._held_epoch else ()
+        if self._held and self._held_epoch > self._epoch:
+            await self._wait_assigned(timeout)
+            return self._release(leave_out)
+        if records := self._release(leave_out):
+            return records
+        self._hold(await self._poll_fairly(leave_out, timeout))
+        return self._release(leave_out)
 
-    async def _wait_assigned(self) -> None:
+    async def _wait_assigned(self, timeout: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(_POLL_MS / 1000):
+            async with asyncio.timeout(timeout):
                 await self._assigned.wait()
+
+    def _hold(self, records: list[Record]) -> None:
+        """Keep records with the epoch that they belong to; of an older one nothing is kept."""
+        epoch = self._epoch if self._assigned.is_set() else self._epoch + 1
+        if epoch != self._held_epoch:
+            self._held, self._held_epoch = [], epoch
+        self._held += records
+
+    def _release(self, leave_out: Collection[int]) -> list[Record]:
+        """Hand on what is held, if its epoch is the one that lasts."""
+        if self._held_epoch != self._epoch or not self._assigned.is_set():
+            return []
+        records = [record for record in self._held if record.partition not in leave_out]
+        self._held = [record for record in self._held if record.partition in leave_out]
+        return records
+
+    async def _poll_fairly(self, leave_out: Collection[int], timeout: float) -> list[Record]:
+        """Return records, first of partitions that others have kept waiting.
+
+        aiokafka empties its buffer of one partition, up to a megabyte, before it looks at the next:
+        so after a fetch that was full its partitions wait until all others have had their turn.
+        """
+        places = [
+            place for place in self._consumer.assignment() if place.partition not in leave_out
+        ]
+        others = [place for place in places if place not in self._served]
+        if not leave_out:
+            places = []  # that means all, also those that are assigned while we wait
+        elif not places:
+            places = [TopicPartition(self._topic, -1)]  # wait, but for nothing
+        records: list[Record] = []
+        try:
+            async with asyncio.timeout(timeout + _GRACE):
+                if self._served and others:
+                    records = await self._poll(*others, timeout=0)
+                if not records:
+                    self._served.clear()
+                    records = await self._poll(*places, timeout=timeout)
+        except TimeoutError:  # in a rebalance aiokafka waits for its end
+            self._check_alive()
+        if len(records) < _POLL_RECORDS:
+            self._served.clear()
+        else:
+            self._served.update(TopicPartition(r.topic, r.partition) for r in records)
+        return records
 
     async def commit(self, offsets: Mapping[int, int]) -> bool:
         """Commit; see `Subscription.commit`."""
         if self._closed or not offsets:
             return not self._closed
-        places = {TopicPartition(self._topic, number): at for number, at in offsets.items()}
+        membership = self._membership
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT):
-                await self._consumer.commit(places)
+            async with asyncio.timeout(REQUEST_TIMEOUT), self._committing:
+                return await self._commit_as(membership, offsets)
         except _LOST_MEMBERSHIP as exc:
             _logger.info("a commit on %s came after the partitions moved: %r", self._topic, exc)
             return False
         except FOREIGN as exc:
             action = f"cannot commit offsets of topic {self._topic!r}"
             raise unavailable(action, exc) from exc
-        return True
+
+    async def _commit_as(self, member: _Membership | None, offsets: Mapping[int, int]) -> bool:
+        """Try as *member* until there is an answer or we are that no more.
+
+        ``consumer.commit()`` tries for ever, as whoever we are by then; and without a session as
+        nobody, whom Kafka lets commit anything while the group is empty.
+        """
+        coordinator = self._consumer._coordinator  # noqa: SLF001  # ADR 0007 lists what we use
+        places = {
+            TopicPartition(self._topic, partition): OffsetAndMetadata(offset, "")
+            for partition, offset in offsets.items()
+        }
+        while self._is_still(member, offsets):
+            try:
+                await coordinator.ensure_coordinator_known()
+                if not self._is_still(member, offsets):
+                    break
+                # it writes down who we are before it first waits, and does not try again
+                await coordinator._do_commit_offsets(None, places)  # noqa: SLF001  # as above
+            except kafka.KafkaError as exc:
+                if not exc.retriable:
+                    raise
+                await asyncio.sleep(_REST)
+            else:
+                return True
+        _logger.info("a commit on %s came after the partitions moved", self._topic)
+        return False
+
+    def _is_still(self, member: _Membership | None, partitions: Collection[int]) -> bool:
+        """Return whether we are *member* now, and *partitions* are ours."""
+        if self._closed or member is None or member is not self._membership:
+            return False
+        if (member.generation, member.member_id) != self._identity():
+            return False
+        return member.generation >= 0 and member.partitions.issuperset(partitions)
 
     async def close(self) -> None:
         """Leave the group; see `Subscription.close`."""
-        self._closed = True
-        await super().close()
+        try:
+            await super().close()
+        finally:
+            self._closed = True

@@ -96,6 +96,15 @@ class MemoryCluster:
         with self._node.lock:
             self._node.groups[group_id].rebalance()
 
+    def expel(self, group_id: str) -> None:
+        """Let the sessions of all members of the group time out.
+
+        Each is told that it has lost its partitions, may commit nothing more, and joins again by
+        itself when it has been told.
+        """
+        with self._node.lock:
+            self._node.groups[group_id].expel()
+
     def members(self, group_id: str) -> int:
         """Return how many members the group has."""
         with self._node.lock:
@@ -205,12 +214,18 @@ class MemoryTransport:
             return MemoryReader(self._node, topic, {partition: position})
 
     async def subscribe(
-        self, topic: str, *, on_assigned: OnAssigned, on_revoked: OnRevoked
+        self,
+        topic: str,
+        group_id: str | None = None,
+        *,
+        on_assigned: OnAssigned,
+        on_revoked: OnRevoked,
     ) -> MemorySubscription:
         """Join the group; see `Transport.subscribe`."""
         await self._reach()
         with self._node.lock:
             self._node.log(topic, 0)
-            member = MemorySubscription(self._node, topic, self._settings, on_assigned, on_revoked)
-            self._node.groups[self._settings.group_id].join(member)
+            group = self._node.groups[group_id or self._settings.group_id]
+            member = MemorySubscription(group, topic, self._settings, on_assigned, on_revoked)
+            group.join(member)
         return member

@@ -7,15 +7,16 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Final
 
+from kafka_broker._transport import FETCH_TIMEOUT
 from kafka_broker._transport.memory_log import soon
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._transport import OnAssigned, OnRevoked
-    from kafka_broker._transport.memory_log import MemoryRecord, Node
+    from kafka_broker._transport.memory_log import Group, MemoryRecord, Node
 
 _logger = logging.getLogger("kafka_broker.transport")
 
@@ -49,7 +50,7 @@ class Fetcher:
         self.closed = True
         self._node.wake(self.topic)
 
-    def _take(self) -> list[MemoryRecord]:
+    def _take(self, leave_out: Collection[int] = ()) -> list[MemoryRecord]:
         if self.closed:
             raise BrokerUnavailableError(f"the reader of topic {self.topic!r} is closed")
         if self._breaks != self._node.breaks[self.topic]:
@@ -58,6 +59,8 @@ class Fetcher:
         if self._node.down:
             return records
         for partition, position in list(self._positions.items()):
+            if partition in leave_out:
+                continue
             log = self._node.log(self.topic, partition)
             batch = log[position : position + _POLL_RECORDS - len(records)]
             if batch:
@@ -85,28 +88,36 @@ class MemorySubscription(Fetcher):
 
     def __init__(
         self,
-        node: Node,
+        group: Group,
         topic: str,
         settings: BrokerSettings,
         on_assigned: OnAssigned,
         on_revoked: OnRevoked,
     ) -> None:
-        super().__init__(node, topic, {})
+        super().__init__(group.node, topic, {})
         self.loop = asyncio.get_running_loop()
         self.member_id = f"{settings.instance}-{next(_joined):09d}"
         self.owned: frozenset[int] = frozenset()
-        self._group = node.groups[settings.group_id]
+        self._group = group
+        self._told: frozenset[int] = frozenset()
         self._rebalance_timeout = settings.rebalance_timeout
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
         self._giving_up: asyncio.Task[None] | None = None
 
+    async def fetch(
+        self, leave_out: Collection[int] = (), *, timeout: float = FETCH_TIMEOUT
+    ) -> Sequence[MemoryRecord]:
+        """Return what has arrived, at most 500 records; see `Subscription.fetch`."""
+        return await self._node.poll(self.topic, lambda: self._take(leave_out), timeout)
+
     async def commit(self, offsets: Mapping[int, int]) -> bool:
         """Commit, if all of the partitions are still ours; see `Subscription.commit`."""
+        told = self._told
         await asyncio.sleep(0)
         with self._node.lock:
             self._node.check()
-            if not self.owned.issuperset(offsets):
+            if told is not self._told or not (self.owned & told).issuperset(offsets):
                 return False
             places = {(self.topic, partition): offset for partition, offset in offsets.items()}
             self._group.committed.update(places)
@@ -144,6 +155,7 @@ class MemorySubscription(Fetcher):
             _logger.exception("giving up partitions of %s failed", self.topic)
         finally:
             expiry.cancel()
+            self._told = frozenset()
             with self._node.lock:
                 self._group.revoked(self)
 
@@ -156,6 +168,7 @@ class MemorySubscription(Fetcher):
         """Tell of an assignment, then fetch from its committed offsets; called in our loop."""
         if self.closed:
             return
+        self._told = partitions
         try:
             self._on_assigned(partitions)
         except Exception:  # the same
@@ -171,6 +184,6 @@ class MemorySubscription(Fetcher):
                 }
                 self._node.wake(self.topic)
 
-    def _take(self) -> list[MemoryRecord]:
+    def _take(self, leave_out: Collection[int] = ()) -> list[MemoryRecord]:
         self._group.look_after()
-        return super()._take()
+        return super()._take(leave_out)

@@ -8,10 +8,10 @@ import time
 from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from kafka_broker._transport import Appended, Outgoing
+from kafka_broker._transport import FETCH_TIMEOUT, Appended, Outgoing
 from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from kafka_broker._transport import Headers, TopicSpec
     from kafka_broker._transport.memory_consumer import MemorySubscription
-
-_POLL_TIMEOUT: Final = 0.5
 
 _registry = threading.Lock()
 _nodes: dict[str, Node] = {}
@@ -102,7 +100,7 @@ class Node:
         self._holds: Counter[str] = Counter()
         self._held: defaultdict[str, list[Send]] = defaultdict(list)
         self._parked: list[Send] = []
-        self._waiters: dict[asyncio.Future[None], str] = {}
+        self._waiters: dict[asyncio.Future[bool], str] = {}
 
     def check(self) -> None:
         if self.down:
@@ -202,23 +200,28 @@ class Node:
             for waiter, waits_for in list(self._waiters.items()):
                 if topic in (None, waits_for):
                     del self._waiters[waiter]
-                    soon(waiter.get_loop(), settle, waiter, None)
+                    soon(waiter.get_loop(), settle, waiter, False)  # noqa: FBT003  # the outcome
 
-    async def poll(self, topic: str, take: Callable[[], list[MemoryRecord]]) -> list[MemoryRecord]:
-        """Return what *take* returns as soon as that is something, or half a second is over."""
+    async def poll(
+        self,
+        topic: str,
+        take: Callable[[], list[MemoryRecord]],
+        timeout: float = FETCH_TIMEOUT,
+    ) -> list[MemoryRecord]:
+        """Return what *take* returns as soon as that is something, or *timeout* is over."""
         await asyncio.sleep(0)  # a backlog must not keep the other tasks of the loop from running
         loop = asyncio.get_running_loop()
-        end = loop.time() + _POLL_TIMEOUT
+        end, over = loop.time() + timeout, False
         while True:
             with self.lock:
                 records = take()
-                if records or loop.time() >= end:
+                if records or over:
                     return records
-                waiter: asyncio.Future[None] = loop.create_future()
+                waiter: asyncio.Future[bool] = loop.create_future()
                 self._waiters[waiter] = topic
-            timer = loop.call_at(end, settle, waiter, None)
+            timer = loop.call_at(end, settle, waiter, True)  # noqa: FBT003  # the outcome
             try:
-                await waiter
+                over = await waiter
             finally:
                 timer.cancel()
                 with self.lock:
@@ -231,7 +234,7 @@ class Group:
     def __init__(self, node: Node) -> None:
         self.committed: dict[tuple[str, int], int] = {}
         self.generation = 0
-        self._node = node
+        self.node = node
         self._members: set[MemorySubscription] = set()
         self._revoking: set[MemorySubscription] | None = None
 
@@ -255,6 +258,23 @@ class Group:
         if member in self._members:
             self._members.remove(member)
             self.rebalance()
+
+    def expel(self) -> None:
+        """Remove everyone; who has partitions joins again when it has been told that it lost them.
+
+        Who is just giving them up need not be told again, and who has none joins again at once.
+        """
+        expelled, giving_up = self._members, self._revoking
+        self._members, self._revoking = set(), None
+        self.generation += 1
+        if giving_up is None:
+            giving_up = {member for member in expelled if member.owned}
+            for member in giving_up:
+                member.pause()
+        for member in expelled:
+            member.owned = frozenset()
+        for member in expelled - giving_up:
+            self.join(member)
 
     def revoked(self, member: MemorySubscription) -> None:
         """Go on without waiting for *member*; one that was given up meanwhile joins again."""
@@ -285,7 +305,7 @@ class Group:
     def _assign(self, topic: str) -> None:
         """Deal out ranges of partitions to the members in the order of their ids, as Kafka does."""
         sharing = sorted((m for m in self._members if m.topic == topic), key=lambda m: m.member_id)
-        size, larger = divmod(len(self._node.topics[topic]), len(sharing))
+        size, larger = divmod(len(self.node.topics[topic]), len(sharing))
         start = 0
         for index, member in enumerate(sharing):
             end = start + size + (index < larger)

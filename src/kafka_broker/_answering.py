@@ -1,0 +1,91 @@
+"""Answering: what a handler returns, or that it failed, goes to the one who asked."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from kafka_broker import _wire
+from kafka_broker._event import COMPLETED, ERROR, EventObject
+from kafka_broker._middleware import Handle, Middleware, report, work_of
+from kafka_broker._transport import Outgoing
+
+if TYPE_CHECKING:
+    from kafka_broker._event import Request
+    from kafka_broker._metrics import Metrics
+    from kafka_broker._outbox import Outbox
+
+_logger = logging.getLogger("kafka_broker.handling")
+
+
+def answering(outbox: Outbox, module: str, metrics: Metrics) -> Middleware:
+    """Reply with what a handler returns or raises; raise on what nobody surely waits for."""
+    answers = _Answers(outbox, module)
+
+    def wrap(handle: Handle) -> Handle:
+        async def answered(event: EventObject[Any]) -> Any:
+            try:
+                result = await handle(event)
+            except Exception as exc:
+                if not answers.tell_failure(event, exc):
+                    raise
+                return
+            try:
+                answers.tell(event, result)
+            except Exception as exc:
+                report(event, exc, metrics)
+                if not answers.tell_failure(event, exc):
+                    raise
+
+        return answered
+
+    return wrap
+
+
+class _Answers:
+    """Sends the answer to an event, which remembers it: it is answered once."""
+
+    def __init__(self, outbox: Outbox, module: str) -> None:
+        self._outbox = outbox
+        self._module = module
+
+    def tell(self, event: EventObject[Any], result: object) -> None:
+        """Reply with what a handler returned, unless it has answered, or nobody waits for None.
+
+        Raises:
+            TypeError: it has no form in JSON.
+        """
+        request = event._request  # noqa: SLF001  # kept from the user's eyes only
+        if request is None or request.answered:
+            return
+        if result is None and (request.handed_on or not request.awaited):
+            return
+        data = result.data if isinstance(result, EventObject) else result
+        self._reply(event, request, data)
+
+    def tell_failure(self, event: EventObject[Any], error: Exception) -> bool:
+        """Tell whoever may wait of *error*; returns whether somebody surely does."""
+        request = event._request  # noqa: SLF001  # as above
+        if request is None or request.answered:
+            return False
+        try:
+            problem = _wire.problem(error, event, self._module)
+            self._reply(event, request, problem, status=ERROR)
+        except Exception:  # a handler may have put anything into its event
+            _logger.exception("event %r was changed so that it cannot be answered", event.event)
+            return False
+        return request.awaited
+
+    def _reply(
+        self, event: EventObject[Any], request: Request, data: object, *, status: str = COMPLETED
+    ) -> None:
+        answer = _wire.reply_to(event, data, status=status)
+        record = Outgoing(
+            str(event.correlation_id).encode(),
+            _wire.encode_reply(answer, request, self._module),
+            _wire.reply_headers(request),
+        )
+        delivery = self._outbox.put(request.topic, record, partition=request.partition, urgent=True)
+        work_of(event).endings.append(delivery)
+        request.handed_on = delivery
+        request.answered = True

@@ -1,0 +1,258 @@
+"""Lanes: which record may be handled next, so that keys keep their order and none starves another.
+
+Records of one key in one partition form a lane and are handled one after the other; different keys
+run side by side. A *seat* is the right to run, and there are ``concurrency`` of them. This is pure
+bookkeeping: nothing here waits, and `kafka_broker._dispatch` does the running.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from kafka_broker._offsets import Watermark
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Collection, Iterable
+
+    from kafka_broker._dispatch import Dispatcher
+    from kafka_broker._event import Ending
+    from kafka_broker._transport import Record
+
+_RECORD_OVERHEAD: Final = 100
+
+
+class Work:
+    """One record on its way: queued, handled, and ended when its offset may be committed.
+
+    Attributes:
+        attempt: the number of the try that runs or comes next, from 1.
+        endings: what has to be done before the offset may be committed: replies, dead letters.
+        ended: whether its handling is over.
+        dropped: whether its partition moves or the broker stops, so that it ends nowhere here.
+        resting: whether it only waits for time to pass, and may be dropped at once.
+        expires: the time of the loop at which its handler has had its time.
+        timed_out: whether that time has come.
+        seated: whether it holds a seat.
+        task: the worker that handles it.
+    """
+
+    __slots__ = (
+        "attempt",
+        "dropped",
+        "ended",
+        "endings",
+        "engine",
+        "expires",
+        "follower",
+        "partition",
+        "record",
+        "resting",
+        "seated",
+        "size",
+        "task",
+        "timed_out",
+    )
+
+    def __init__(self, record: Record, partition: Partition, engine: Dispatcher) -> None:
+        self.record = record
+        self.partition = partition
+        self.engine = engine
+        self.size = len(record.value or b"") + len(record.key or b"") + _RECORD_OVERHEAD
+        self.attempt = 1
+        self.endings: list[Ending] = []
+        self.ended = False
+        self.dropped = False
+        self.resting = False
+        self.expires = math.inf
+        self.timed_out = False
+        self.seated = False
+        self.task: asyncio.Task[None] | None = None
+        self.follower: Work | None = None
+
+    @property
+    def where(self) -> str:
+        """Which event it is, in logs and headers: ``topic:partition:offset``."""
+        return f"{self.record.topic}:{self.record.partition}:{self.record.offset}"
+
+    def done(self) -> bool:
+        """Return whether the offset may be committed as far as this record goes."""
+        return self.ended and all(ending.done() for ending in self.endings)
+
+
+class Partition:
+    """One partition, for as long as it is assigned to us: a new assignment makes a new one.
+
+    Attributes:
+        ready: the records that may run, each the first of its lane.
+        running: how many of its records hold a seat.
+        begun: how many were begun and are not committed yet.
+        size: the bytes of its records whose handling is not over.
+    """
+
+    __slots__ = ("begun", "number", "ready", "running", "size", "tails", "watermark")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.watermark: Watermark[Work] = Watermark()
+        self.tails: dict[bytes, Work] = {}
+        self.ready: deque[Work] = deque()
+        self.running = 0
+        self.begun = 0
+        self.size = 0
+
+
+class Lanes:
+    """The records that are here and the seats they run in.
+
+    Every partition gets the same share of what may be in flight, so that one which is full leaves
+    the others alone. And as long as they need less than half of the seats, there is one free for
+    each partition that runs nothing.
+
+    Args:
+        concurrency: the number of seats.
+        max_events: how many may be begun and not committed.
+        max_bytes: how large the records may be whose handling is not over.
+    """
+
+    def __init__(self, concurrency: int, *, max_events: int, max_bytes: int) -> None:
+        self._concurrency = concurrency
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._turns: deque[Partition] = deque()
+        self._returning: deque[tuple[Work, Callable[[], None]]] = deque()
+        self._quiet = 0
+        self._seated = 0
+        self.partitions: dict[int, Partition] = {}
+        self.working: set[Work] = set()
+
+    def assign(self, numbers: Collection[int]) -> None:
+        """Begin anew with these partitions; what was here of others is forgotten."""
+        self.partitions = {number: Partition(number) for number in numbers}
+        self._turns.clear()
+        self._quiet = len(self.partitions)
+        self.events_share = max(1, self._max_events // max(1, len(numbers)))
+        self.bytes_share = max(1, self._max_bytes // max(1, len(numbers)))
+
+    def add(self, records: Iterable[Record], engine: Dispatcher) -> None:
+        """Queue records that were just read; those of one partition in the order of offsets."""
+        for record in records:
+            partition = self.partitions[record.partition]
+            work = Work(record, partition, engine)
+            partition.watermark.begin(record.offset, work)
+            partition.size += work.size
+            key = record.key
+            if key is not None:
+                tail = partition.tails.get(key)
+                partition.tails[key] = work
+                if tail is not None:
+                    tail.follower = work
+                    continue
+            self._make_ready(work)
+
+    def _make_ready(self, work: Work) -> None:
+        partition = work.partition
+        if not partition.ready:
+            self._turns.append(partition)
+        partition.ready.append(work)
+
+    def full(self) -> list[int]:
+        """Return the partitions of which nothing more should be read for now."""
+        return [
+            number
+            for number, partition in self.partitions.items()
+            if len(partition.watermark) >= self.events_share or partition.size >= self.bytes_share
+        ]
+
+    @property
+    def startable(self) -> bool:
+        """Whether `next` is worth a call."""
+        return bool(self._turns) and self._seated < self._concurrency
+
+    def next(self) -> Work | None:
+        """Seat the next record, each partition in its turn; None if none may run now."""
+        for _ in range(len(self._turns)):
+            partition = self._turns[0]
+            if not self._may_seat(partition) or partition.begun >= self.events_share:
+                self._turns.rotate(-1)
+                continue
+            work = partition.ready.popleft()
+            if partition.ready:
+                self._turns.rotate(-1)
+            else:
+                self._turns.popleft()
+            partition.begun += 1
+            self.working.add(work)
+            self._seat(work)
+            return work
+        return None
+
+    def _may_seat(self, partition: Partition) -> bool:
+        free = self._concurrency - self._seated
+        return free > (min(self._quiet, self._concurrency // 2) if partition.running else 0)
+
+    def _seat(self, work: Work) -> None:
+        work.seated = True
+        self._seated += 1
+        if not work.partition.running and self._is_ours(work.partition):
+            self._quiet -= 1
+        work.partition.running += 1
+
+    def _is_ours(self, partition: Partition) -> bool:
+        return self.partitions.get(partition.number) is partition
+
+    def give_up_seat(self, work: Work) -> None:
+        """Let another run while this one only waits."""
+        if not work.seated:
+            return
+        work.seated = False
+        self._seated -= 1
+        work.partition.running -= 1
+        if not work.partition.running and self._is_ours(work.partition):
+            self._quiet += 1
+        self._seat_returning()
+
+    def return_to_seat(self, work: Work, seated: Callable[[], None]) -> None:
+        """Seat a record that has waited, before any new one; *seated* is called when it is."""
+        self._returning.append((work, seated))
+        self._seat_returning()
+
+    def _seat_returning(self) -> None:
+        while self._returning and self._seated < self._concurrency:
+            work, seated = self._returning.popleft()
+            if work in self.working and not work.seated:
+                self._seat(work)
+                seated()
+
+    def end(self, work: Work) -> None:
+        """Take note that a record's handling is over, or was dropped; the next of its lane may."""
+        self.working.discard(work)
+        self.give_up_seat(work)
+        self.let_follow(work)
+        partition = work.partition
+        partition.size -= work.size
+        key = work.record.key
+        if key is not None and partition.tails.get(key) is work:
+            del partition.tails[key]
+
+    def let_follow(self, work: Work) -> None:
+        """Make the next record of a lane ready."""
+        follower, work.follower = work.follower, None
+        if follower is not None and self._is_ours(follower.partition):
+            self._make_ready(follower)
+
+    def clear(self) -> None:
+        """Forget what was not begun; what runs goes on, and nothing new begins."""
+        self._turns.clear()
+        for partition in self.partitions.values():
+            partition.ready.clear()
+            partition.tails.clear()
+        for work in self.working:
+            work.follower = None
+
+    def committed(self, number: int, offset: int) -> None:
+        """Take note of a committed offset: as many more may be begun."""
+        partition = self.partitions[number]
+        partition.begun -= partition.watermark.committed(offset)

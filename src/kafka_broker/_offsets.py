@@ -1,0 +1,70 @@
+"""Which offset of a partition may be committed: the one up to which everything has ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from kafka_broker._event import Ending
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+One = TypeVar("One", bound=Ending)
+
+
+class Watermark(Generic[One]):
+    """The contiguous low watermark of one partition, for as long as it is assigned to us.
+
+    Pure bookkeeping: nothing here waits, and a value that was handed out never goes down.
+    """
+
+    __slots__ = ("_begun", "_last", "_low", "_passed")
+
+    def __init__(self) -> None:
+        self._begun: deque[tuple[int, One]] = deque()
+        self._last = -1
+        self._low: int | None = None
+        self._passed = 0
+
+    def __len__(self) -> int:
+        """Return how many events were begun and are not below a committed offset."""
+        return len(self._begun) + self._passed
+
+    def begin(self, offset: int, ending: One) -> None:
+        """Take in the event at *offset*; it holds the watermark until its *ending* is done.
+
+        Raises:
+            ValueError: the offsets do not rise.
+        """
+        if offset <= self._last:
+            msg = f"offset {offset} comes after {self._last}"
+            raise ValueError(msg)
+        self._last = offset
+        self._begun.append((offset, ending))
+
+    def advance(self) -> int | None:
+        """Return the offset to commit: the next one to read; None if it is committed already."""
+        while self._begun and self._begun[0][1].done():
+            self._low = self._begun.popleft()[0] + 1
+            self._passed += 1
+        return self._low if self._passed else None
+
+    def committed(self, offset: int) -> int:
+        """Note that *offset*, as `advance` gave it, is committed; returns how many events it adds.
+
+        Of what has ended since then nothing is committed yet, so its count stays.
+        """
+        if offset != self._low:
+            return 0
+        passed, self._passed = self._passed, 0
+        return passed
+
+    def ended_beyond(self, offset: int) -> bool:
+        """Return whether an event after *offset* has ended, which a restart would repeat."""
+        return any(ending.done() for begun, ending in self._begun if begun > offset)
+
+    def pending(self) -> Iterator[One]:
+        """Yield what was begun and holds the watermark, in the order of offsets."""
+        for _, ending in self._begun:
+            yield ending
