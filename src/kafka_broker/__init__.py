@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kafka_broker._dead_letters import DeadLetter
 from kafka_broker._delivery import Delivery
 from kafka_broker._event import EventObject
 from kafka_broker._manager import BrokerManager, broker_manager
@@ -16,6 +17,7 @@ __all__ = [
     "BrokerManager",
     "BrokerSettings",
     "ConsumerStorage",
+    "DeadLetter",
     "Delivery",
     "EventObject",
     "EventRouter",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kafka_broker import _wire
 from kafka_broker._event import COMPLETED, ERROR, EventObject
-from kafka_broker._middleware import Handle, Middleware, report, work_of
+from kafka_broker._middleware import Handle, Middleware, current_work, report
 from kafka_broker._transport import Outgoing
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Answers:
         Raises:
             TypeError: it has no form in JSON.
         """
-        request = event._request  # noqa: SLF001  # kept from the user's eyes only
+        request = current_work().request
         if request is None or request.answered:
             return
         if result is None and (request.handed_on or not request.awaited):
@@ -65,7 +65,7 @@ class _Answers:
 
     def tell_failure(self, event: EventObject[Any], error: Exception) -> bool:
         """Tell whoever may wait of *error*; returns whether somebody surely does."""
-        request = event._request  # noqa: SLF001  # as above
+        request = current_work().request
         if request is None or request.answered:
             return False
         try:
@@ -86,6 +86,6 @@ class _Answers:
             _wire.reply_headers(request),
         )
         delivery = self._outbox.put(request.topic, record, partition=request.partition, urgent=True)
-        work_of(event).endings.append(delivery)
+        current_work().endings.append(delivery)
         request.handed_on = delivery
         request.answered = True

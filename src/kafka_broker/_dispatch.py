@@ -116,9 +116,11 @@ class Dispatcher:
 
     # Reading
 
-    async def run(self) -> None:
-        """Read until `stop`; a subscription that breaks is replaced."""
+    async def run(self, begin: asyncio.Event) -> None:
+        """Read from *begin* until `stop`; a subscription that breaks is replaced."""
         pause = _BACKOFF[0]
+        with self._interrupted_by_stop():
+            await begin.wait()
         committing = self._loop.create_task(self._commit_regularly())
         try:
             while not self._stopping:
@@ -193,7 +195,7 @@ class Dispatcher:
     async def _work(self) -> None:
         """Handle one record after the other; wait when there is none that may run."""
         self._waking = False
-        turn = 0
+        task, turn = asyncio.current_task(), 0
         while True:
             if self._outbox.full:
                 await self._wait_at_door()
@@ -205,7 +207,7 @@ class Dispatcher:
                 self._waking = False
                 continue
             self._wake()
-            await self._run(work)
+            await self._run(work, task)
             turn += 1
             if turn % _TURN == 0:
                 await asyncio.sleep(0)  # let replies leave while the next are made
@@ -217,8 +219,8 @@ class Dispatcher:
         finally:
             self._at_door -= 1
 
-    async def _run(self, work: Work) -> None:
-        work.task = task = asyncio.current_task()
+    async def _run(self, work: Work, task: asyncio.Task[None] | None) -> None:
+        work.task = task
         try:
             await isolated(self._handle(work), work)
             work.ended = not work.dropped
@@ -234,10 +236,11 @@ class Dispatcher:
     def _end(self, work: Work) -> None:
         lanes = self._lanes
         lanes.end(work)
-        self._room.set()
+        if not self._room.is_set():
+            self._room.set()
         if not lanes.working:
             self._drained.set()
-        if work.partition.begun * 2 >= lanes.events_share:
+        if work.partition.begun * 2 >= lanes.events_share and not self._commit_due.is_set():
             self._commit_due.set()
 
     def _worker_ended(self, worker: asyncio.Task[None]) -> None:
@@ -267,17 +270,38 @@ class Dispatcher:
             if self._draining:
                 self._drop([work])
             await asyncio.sleep(seconds)
-            seated = asyncio.Event()
-            self._lanes.return_to_seat(work, seated.set)
-            await seated.wait()
+            await self.return_to_seat(work)
         finally:
             work.resting = False
 
+    async def return_to_seat(self, work: Work) -> None:
+        """Wait for a seat again; those that have waited come before those that are new."""
+        seated = asyncio.Event()
+        self._lanes.return_to_seat(work, seated.set)
+        await seated.wait()
+
     def let_wait(self, work: Work) -> None:
-        """Let *work* wait for a batch: it needs no seat, and the next of its lane may join, too."""
+        """Let *work* wait in a batch: it needs no seat, and the next of its lane may join it."""
         self._lanes.give_up_seat(work)
-        self._lanes.let_follow(work)
+        self._lanes.let_pass(work)
         self._wake()
+
+    def let_nobody_pass(self, work: Work) -> None:
+        """End what `let_wait` has begun: the batch is closed."""
+        work.passable = False
+
+    async def wait_for_turn(self, work: Work) -> None:
+        """Wait without a seat until those before *work* in its lane have ended."""
+        work.resting, work.turn = True, asyncio.Event()
+        self._lanes.give_up_seat(work)
+        self._wake()
+        try:
+            if self._draining:
+                self._drop([work])
+            await work.turn.wait()
+            await self.return_to_seat(work)
+        finally:
+            work.resting, work.turn = False, None
 
     def expect_end(self, work: Work, timeout: float) -> None:
         """Cancel the handler of *work* if it still runs *timeout* seconds from now."""
@@ -382,6 +406,8 @@ class Dispatcher:
         if not task.done():
             task.cancel()
             await asyncio.wait({task}, timeout=_LAST_WORDS)
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("%s: reading failed as it was stopped", self._topic, exc_info=error)
         with suppress(TimeoutError):  # a rebalance that has begun has deadlines of its own
             async with asyncio.timeout(timeout):
                 await self._ours.wait()

@@ -10,12 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args, get_origin, get_type_hints
 
 from anyio import CapacityLimiter, to_thread
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError, to_json
 
+from kafka_broker._batches import Batches
 from kafka_broker._depends import Dependencies, is_dependency
 from kafka_broker._event import EventObject
 from kafka_broker._middleware import Handle, Middleware, wrapped
@@ -178,10 +179,12 @@ class Handler:
         depending = [one for one in parameters if is_dependency(one)]
         self._dependencies: Dependencies | None = None
         if depending:
-            given = {EventObject, *INJECTED}
+            given = INJECTED if terms.batch else {EventObject, *INJECTED}
             self._dependencies = Dependencies(self.name, depending, given)
         names = {one.name for one in depending}
         parameters = [one for one in parameters if one.name not in names]
+        if terms.batch is not None:
+            parameters = self._listed(parameters)
         sources = self._sources(parameters)
         by_place = not names and not self._given
         self._positional = _positional(parameters, sources) if by_place else []
@@ -190,6 +193,21 @@ class Handler:
             for parameter in parameters
             if (parameter.kind is _NAMED or not by_place) and parameter.name in sources
         }
+
+    def _listed(self, parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+        """Return the one parameter that takes the list, annotated as one event of it."""
+        wanted = [one for one in parameters if one.default is _EMPTY]
+        if len(wanted) != 1:
+            self._refuse("takes a batch, so it needs exactly one parameter, for a list of events")
+        [one] = wanted
+        annotation, of = _plain(one.annotation), get_args(_plain(one.annotation))
+        if annotation is not _EMPTY and get_origin(annotation) is not list:
+            self._refuse(
+                f"takes a batch, so its parameter {one.name!r} has to be list[EventObject], "
+                "list[EventObject[Model]] or list[Model]"
+            )
+        self._list = one.name
+        return [one.replace(annotation=of[0] if of else _EMPTY, kind=_NAMED)]
 
     def within(self, middleware: Sequence[Middleware]) -> Handler:
         """Return this handler inside of more middleware."""
@@ -206,7 +224,15 @@ class Handler:
         def call(event: EventObject[Any]) -> Awaitable[Any]:
             return self.call(event, scope)
 
-        return wrapped(call, self.middleware)
+        if self.terms.batch is None:
+            return wrapped(call, self.middleware)
+        batches = Batches(
+            self.terms.batch,
+            self.terms.within,
+            read=self._named[self._list],
+            call=lambda items: self._call({self._list: items}, scope),
+        )
+        return wrapped(batches, self.middleware)
 
     def _parameters(self) -> list[inspect.Parameter]:
         """Return the parameters that something may be given for, their annotations evaluated."""
@@ -306,14 +332,36 @@ class Handler:
         """
         positional = [source(event) for source in self._positional]
         named = {name: source(event) for name, source in self._named.items()} if self._named else {}
-        if self._given:
-            named |= {name: self._value(wanted, scope) for name, wanted in self._given.items()}
-        if self._dependencies is not None:
-            return self._call_with(self._dependencies, event, scope, named)
+        if self._given or self._dependencies is not None:
+            return self._call(named, scope, event)
         if self._is_async:
             awaitable: Awaitable[Any] = self.function(*positional, **named)
             return awaitable
         return in_thread(partial(self.function, *positional, **named), scope.limiter)
+
+    async def _call(
+        self, named: dict[str, Any], scope: Scope, event: EventObject[Any] | None = None
+    ) -> Any:
+        """Call the function with what is *named*, and what scope and dependencies give."""
+        named |= {name: self._value(wanted, scope) for name, wanted in self._given.items()}
+        dependencies = self._dependencies
+        if dependencies is None:
+            return await self._run(named, scope)
+        given = {**scope.given, EventObject: event}
+        if not self._is_async and not dependencies.is_async:
+
+            def call() -> Any:
+                with dependencies.solved_in_thread(given) as solved:
+                    return self.function(**named, **solved)
+
+            return await in_thread(call, scope.limiter)
+        async with dependencies.solved(given) as solved:
+            return await self._run({**named, **solved}, scope)
+
+    async def _run(self, named: dict[str, Any], scope: Scope) -> Any:
+        if self._is_async:
+            return await self.function(**named)
+        return await in_thread(partial(self.function, **named), scope.limiter)
 
     def _value(self, wanted: type, scope: Scope) -> object:
         try:
@@ -324,29 +372,6 @@ class Handler:
                 "the handler can give: pass the router to one"
             )
             raise ConfigurationError(msg) from None
-
-    async def _call_with(
-        self,
-        dependencies: Dependencies,
-        event: EventObject[Any],
-        scope: Scope,
-        named: dict[str, Any],
-    ) -> Any:
-        """Call the function with what its dependencies give, which stays open meanwhile."""
-        given = {EventObject: event, **scope.given}
-        if not self._is_async and not dependencies.is_async:
-            call = partial(self._call_in_thread, dependencies, given, named)
-            return await in_thread(call, scope.limiter)
-        async with dependencies.solved(given) as solved:
-            if self._is_async:
-                return await self.function(**named, **solved)
-            return await in_thread(partial(self.function, **named, **solved), scope.limiter)
-
-    def _call_in_thread(
-        self, dependencies: Dependencies, given: Mapping[type, object], named: dict[str, Any]
-    ) -> Any:
-        with dependencies.solved_in_thread(given) as solved:
-            return self.function(**named, **solved)
 
 
 async def in_thread(call: Callable[[], Any], limiter: CapacityLimiter) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kafka_broker import _wire
 from kafka_broker._answering import answering
-from kafka_broker._event import PENDING, RESPOND, EventObject
+from kafka_broker._event import PENDING, RESPOND, EventObject, set_work
 from kafka_broker._middleware import (
     Handle,
     Middleware,
@@ -87,9 +87,12 @@ class Handling:
         elif self._router is None:
             await self._store(work, event)
         else:
-            event._work = work  # noqa: SLF001  # kept from the user's eyes only
+            set_work(event, work)
+            work.request = event._request  # noqa: SLF001  # kept from the user's eyes only
             work.attempt = _wire.attempt_of(record)
             handler = self._router.match(event.event)
+            if work.behind is not None and (handler is None or handler.terms.batch is None):
+                await work.engine.wait_for_turn(work)
             handle = self._handles.get(handler) or self._compile(handler)
             await handle(event)
 
@@ -162,7 +165,8 @@ class Postponed:
                 again = Outgoing(record.key, record.value, record.headers)
                 work.endings.append(Transfer(self._outbox, self._settings.retry_topic, again))
                 return
-        place = _wire.place_of(record)
+        origin = _wire.origin_of(record)[1].decode("utf-8", "replace")
+        place = _wire.place_of_origin(origin)
         partition = place[1] if place and place[0] == self._settings.module else None
         back = Outgoing(record.key, record.value, _wire.due_headers(record))
         work.endings.append(

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Collection, Iterable
 
+    from kafka_broker._batches import Batch
     from kafka_broker._dispatch import Dispatcher
-    from kafka_broker._event import Ending
+    from kafka_broker._event import Ending, Request
     from kafka_broker._transport import Record
 
 _RECORD_OVERHEAD: Final = 100
@@ -28,6 +29,7 @@ class Work:
     """One record on its way: queued, handled, and ended when its offset may be committed.
 
     Attributes:
+        request: whom to answer, if anybody.
         attempt: the number of the try that runs or comes next, from 1.
         endings: what has to be done before the offset may be committed: replies, dead letters.
         ended: whether its handling is over.
@@ -37,40 +39,36 @@ class Work:
         timed_out: whether that time has come.
         seated: whether it holds a seat.
         task: the worker that handles it.
+        follower: the next of its lane, which waits for its end.
+        passable: whether the next of its lane may run beside it: it waits in a batch.
+        behind, beside: its neighbours in the lane that run beside it; it may only join their batch.
+        batch: the one it waits in.
+        turn: ends its wait for those that are before it.
     """
 
-    __slots__ = (
-        "attempt",
-        "dropped",
-        "ended",
-        "endings",
-        "engine",
-        "expires",
-        "follower",
-        "partition",
-        "record",
-        "resting",
-        "seated",
-        "size",
-        "task",
-        "timed_out",
-    )
+    # Defaults of the class: an instance that sets each of them itself costs 1 us more.
+    request: Request | None = None
+    attempt: int = 1
+    ended: bool = False
+    dropped: bool = False
+    resting: bool = False
+    expires: float = math.inf
+    timed_out: bool = False
+    seated: bool = False
+    task: asyncio.Task[None] | None = None
+    follower: Work | None = None
+    passable: bool = False
+    behind: Work | None = None
+    beside: Work | None = None
+    batch: Batch | None = None
+    turn: asyncio.Event | None = None
 
     def __init__(self, record: Record, partition: Partition, engine: Dispatcher) -> None:
         self.record = record
         self.partition = partition
         self.engine = engine
         self.size = len(record.value or b"") + len(record.key or b"") + _RECORD_OVERHEAD
-        self.attempt = 1
         self.endings: list[Ending] = []
-        self.ended = False
-        self.dropped = False
-        self.resting = False
-        self.expires = math.inf
-        self.timed_out = False
-        self.seated = False
-        self.task: asyncio.Task[None] | None = None
-        self.follower: Work | None = None
 
     @property
     def where(self) -> str:
@@ -79,7 +77,9 @@ class Work:
 
     def done(self) -> bool:
         """Return whether the offset may be committed as far as this record goes."""
-        return self.ended and all(ending.done() for ending in self.endings)
+        if not self.ended or not self.endings:
+            return self.ended
+        return all(ending.done() for ending in self.endings)
 
 
 class Partition:
@@ -149,6 +149,8 @@ class Lanes:
                 partition.tails[key] = work
                 if tail is not None:
                     tail.follower = work
+                    if tail.passable:
+                        self._let_pass(tail)
                     continue
             self._make_ready(work)
 
@@ -226,22 +228,51 @@ class Lanes:
                 self._seat(work)
                 seated()
 
+    def let_pass(self, work: Work) -> None:
+        """Let the next of the lane run beside this one: it may join the batch that this is in."""
+        work.passable = True
+        self._let_pass(work)
+
+    def _let_pass(self, work: Work) -> None:
+        follower, work.follower = work.follower, None
+        if follower is not None:
+            work.beside, follower.behind = follower, work
+            self._make_ready(follower)
+
     def end(self, work: Work) -> None:
         """Take note that a record's handling is over, or was dropped; the next of its lane may."""
         self.working.discard(work)
         self.give_up_seat(work)
-        self.let_follow(work)
+        work.passable = False
         partition = work.partition
         partition.size -= work.size
+        beside = work.follower or work.behind or work.beside
+        before = self._leave_lane(work) if beside is not None else None
         key = work.record.key
         if key is not None and partition.tails.get(key) is work:
-            del partition.tails[key]
+            if before is not None:
+                partition.tails[key] = before
+            else:
+                del partition.tails[key]
 
-    def let_follow(self, work: Work) -> None:
-        """Make the next record of a lane ready."""
-        follower, work.follower = work.follower, None
+    def _leave_lane(self, work: Work) -> Work | None:
+        """Close the gap in the lane; returns the one before that still runs."""
+        before, after, follower = work.behind, work.beside, work.follower
+        work.behind = work.beside = work.follower = None
+        if after is not None:
+            after.behind = before
+            if before is None and after.turn is not None:
+                after.turn.set()
+        if before is not None:
+            before.beside = after
         if follower is not None and self._is_ours(follower.partition):
-            self._make_ready(follower)
+            if before is None:
+                self._make_ready(follower)
+            else:
+                before.follower = follower
+                if before.passable:
+                    self._let_pass(before)
+        return before
 
     def clear(self) -> None:
         """Forget what was not begun; what runs goes on, and nothing new begins."""
@@ -250,7 +281,7 @@ class Lanes:
             partition.ready.clear()
             partition.tails.clear()
         for work in self.working:
-            work.follower = None
+            work.follower, work.passable = None, False
 
     def committed(self, number: int, offset: int) -> None:
         """Take note of a committed offset: as many more may be begun."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from kafka_broker import _wire
+from kafka_broker._dead_letters import DeadLetter, read_dead_letters, replay
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
 from kafka_broker._handler import INJECTED, Payload
+from kafka_broker._isolation import handled_now
 from kafka_broker._metrics import Metrics
 from kafka_broker._outbox import Outbox
 from kafka_broker._run import Run
@@ -157,6 +159,7 @@ class BrokerManager:
         delivery = self._open_outbox().put(
             topic, record, keyed=key is not None, partition=partition
         )
+        _hold_back(delivery)
         request.handed_on = delivery
         request.answered = request.answered or is_answer
         return delivery
@@ -181,7 +184,7 @@ class BrokerManager:
             _wire.encode(event, self.settings.module),
             _wire.request_headers(correlation_id, deadline),
         )
-        return outbox.put(
+        delivery = outbox.put(
             topic,
             record,
             keyed=key is not None,
@@ -189,6 +192,8 @@ class BrokerManager:
             useless_after=useless_after,
             on_failure=lambda error: storage.fail(correlation_id, error),
         )
+        _hold_back(delivery)
+        return delivery
 
     def _open_outbox(self) -> Outbox:
         with self._making:
@@ -281,6 +286,35 @@ class BrokerManager:
             raise ConfigurationError(msg)
         return seconds
 
+    async def dead_letters(self) -> AsyncIterator[DeadLetter]:
+        """Yield what is in this module's dead-letter topic now; it stays there.
+
+        Raises:
+            BrokerClosedError: the broker is not running.
+            BrokerUnavailableError: Kafka does not answer, or the topic cannot be read.
+        """
+        run = self._run
+        if run is None or not run.ready:
+            msg = "the broker is not running: start it first"
+            raise BrokerClosedError(msg)
+        async with aclosing(
+            read_dead_letters(run.transport, self.settings.dead_letter_topic)
+        ) as letters:
+            async for letter in letters:
+                yield letter
+
+    def replay(self, letter: DeadLetter) -> Delivery:
+        """Send a dead letter back to where it was first read, to be handled again.
+
+        It goes into the same partition, with its own key, value and headers, and its count of
+        attempts goes on. It stays in the dead-letter topic: replayed twice it is handled twice.
+
+        Raises:
+            OutboxFullError: too much is waiting; nothing was taken.
+            BrokerClosedError: the broker was stopped.
+        """
+        return replay(letter, self._open_outbox(), self.settings.module)
+
     def init_consumer(self) -> Awaitable[None]:
         """Start in the running loop; the result can be awaited until the broker is ready.
 
@@ -297,14 +331,19 @@ class BrokerManager:
         self._held = self._held or self._run is not before
         return started
 
-    def _start(self) -> _Started:
+    def _start(self, *, handling: bool = True) -> _Started:
         run = self._run
         if run is not None and not run.over:
             if run.loop is not asyncio.get_running_loop():
                 raise ConfigurationError(self._elsewhere())
             if not run.stopping:
+                if handling:
+                    run.begin_handling()
                 return _Started(run)
-        return _Started(self._begin(run))
+        run = self._begin(run)
+        if handling:
+            run.begin_handling()
+        return _Started(run)
 
     def _elsewhere(self) -> str:
         return f"broker {self.settings.module!r} runs in another event loop; stop it there first"
@@ -390,8 +429,20 @@ class BrokerManager:
         if error is None and self._run is not None and self._run.failure is not None:
             raise self._run.failure
 
-    async def _enter(self) -> None:
-        started = self._start()
+    @asynccontextmanager
+    async def _handling(self) -> AsyncIterator[None]:
+        """Handle events in this context; after it only if somebody else has started the broker."""
+        run = self._run
+        if run is not None:
+            run.begin_handling()
+        try:
+            yield
+        finally:
+            if run is not None and self._doors == 1 and not self._held:
+                await run.end_handling()
+
+    async def _enter(self, *, handling: bool = True) -> None:
+        started = self._start(handling=handling)
         self._doors += 1
         try:
             await started
@@ -416,14 +467,23 @@ class BrokerManager:
     def init_consumer_app(self, app: Any) -> None:
         """Add this broker to the lifespan of a Starlette or FastAPI application that is made.
 
-        The broker starts before the application's own lifespan and stops after it.
+        The broker starts before the application's own lifespan, which may send and ask, and stops
+        after it. Events are handled only in between, with the state of that lifespan in `state`.
         """
         inner: Callable[[Any], Any] = app.router.lifespan_context
 
         @asynccontextmanager
         async def composed(started: Any) -> AsyncIterator[dict[str, Any]]:
-            async with self.lifespan(started) as ours, inner(started) as theirs:
-                yield {**ours, **(theirs or {})}
+            await self._enter(handling=False)
+            try:
+                async with inner(started) as theirs:
+                    self.state.update(theirs or {})
+                    async with self._handling():
+                        yield {"broker": self, **(theirs or {})}
+            except BaseException:
+                await self._leave()
+                raise
+            await self.__aexit__(None, None, None)
 
         app.router.lifespan_context = composed
 
@@ -438,6 +498,13 @@ class _Started:
         self._run.awaited = True
         yield from asyncio.wait({self._run.started}).__await__()
         self._run.started.result()
+
+
+def _hold_back(delivery: Delivery) -> None:
+    """Let the event that is handled here wait with its commit until *delivery* has ended."""
+    work = handled_now.get()
+    if work is not None and not work.ended:
+        work.endings.append(delivery)
 
 
 @lru_cache(maxsize=512)

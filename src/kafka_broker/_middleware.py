@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from kafka_broker import _wire
-from kafka_broker._event import EventObject
-from kafka_broker._isolation import absorb_cancellations
+from kafka_broker._event import EventObject, set_work
+from kafka_broker._isolation import absorb_cancellations, handled_now
 from kafka_broker._metrics import Metrics
 from kafka_broker._outbox import Transfer
 from kafka_broker._transport import Outgoing
@@ -54,14 +54,15 @@ def wrapped(handle: Handle, middleware: Sequence[Middleware]) -> Handle:
     return reduce(lambda inner, wrap: wrap(inner), reversed(middleware), handle)
 
 
-def work_of(event: EventObject[Any]) -> Work:
-    work = event._work  # noqa: SLF001  # kept from the user's eyes only
-    assert work is not None  # noqa: S101  # the broker's own middleware is only around its work
+def current_work() -> Work:
+    """Return what is handled here: the broker's own middleware is only around its work."""
+    work = handled_now.get()
+    assert work is not None  # noqa: S101  # see above
     return work
 
 
-def _time_left(event: EventObject[Any], now: float) -> float:
-    request = event._request  # noqa: SLF001  # as above
+def _time_left(work: Work, now: float) -> float:
+    request = work.request
     return math.inf if request is None or not request.deadline else request.deadline - now
 
 
@@ -70,7 +71,8 @@ def deadline(now: Callable[[], float], metrics: Metrics) -> Middleware:
 
     def wrap(handle: Handle) -> Handle:
         async def in_time(event: EventObject[Any]) -> Any:
-            if _time_left(event, now()) > 0:
+            request = current_work().request
+            if request is None or not request.deadline or request.deadline > now():
                 return await handle(event)
             metrics.count("events_expired")
             _logger.debug("event %r came after its deadline and is not handled", event.event)
@@ -98,7 +100,7 @@ def dead_lettering(outbox: Outbox, topic: str, metrics: Metrics) -> Middleware:
             try:
                 return await handle(event)
             except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here
-                bury(work_of(event), exc, outbox, topic, metrics)
+                bury(current_work(), exc, outbox, topic, metrics)
 
         return kept
 
@@ -115,9 +117,9 @@ def postponing(
             try:
                 return await handle(event)
             except RetryLater as exc:
-                if _time_left(event, now()) <= exc.seconds:
+                work = current_work()
+                if _time_left(work, now()) <= exc.seconds:
                     raise
-                work = work_of(event)
                 record, due = work.record, now() + exc.seconds
                 headers = _wire.postponed_headers(record, work.attempt + 1, due)
                 later = Outgoing(record.key, record.value, headers)
@@ -142,7 +144,10 @@ def observing(now: Callable[[], float], metrics: Metrics) -> Middleware:
                 result = await handle(event)
             except Exception as exc:
                 error = exc
-                if not isinstance(exc, RetryLater) or _time_left(event, now()) <= exc.seconds:
+                if (
+                    not isinstance(exc, RetryLater)
+                    or _time_left(current_work(), now()) <= exc.seconds
+                ):
                     report(event, exc, metrics)
                 raise
             else:
@@ -151,7 +156,7 @@ def observing(now: Callable[[], float], metrics: Metrics) -> Middleware:
             finally:
                 if tells:
                     seconds = time.perf_counter() - began
-                    metrics.handled(work_of(event).where, name, seconds, error)
+                    metrics.handled(current_work().where, name, seconds, error)
 
         return observed
 
@@ -163,7 +168,7 @@ def report(event: EventObject[Any], error: Exception, metrics: Metrics) -> None:
     expected = isinstance(error, (NoHandlerError, EventDecodeError, Reject, RetryLater))
     refused = isinstance(error, Reject)
     metrics.count("events_rejected" if refused else "events_failed")
-    work = work_of(event)
+    work = current_work()
     _logger.log(
         logging.INFO if refused else logging.ERROR,
         "event %r (%s, correlation id %s) %s in try %d: %s",
@@ -203,12 +208,12 @@ def retrying(policy: RetryPolicy, now: Callable[[], float], metrics: Metrics) ->
                 try:
                     return await handle(event)
                 except Exception as exc:
+                    work = current_work()
                     failures += not isinstance(exc, RetryLater)
                     pause = _pause_after(exc, failures, policy)
-                    if pause is None or _time_left(event, now()) <= pause:
+                    if pause is None or _time_left(work, now()) <= pause:
                         raise
                     why = exc.reason if isinstance(exc, RetryLater) else type(exc).__name__
-                work = work_of(event)
                 metrics.count("events_retried")
                 _logger.info("%s is tried again in %.1f s: %s", work.where, pause, why)
                 await work.engine.rest(work, pause)
@@ -229,7 +234,8 @@ def _pause_after(error: Exception, failures: int, policy: RetryPolicy) -> float 
 def _afresh(event: EventObject[Any], work: Work) -> EventObject[Any]:
     """Return the event as it came: the try that failed may have changed it."""
     again = _wire.decode(work.record)
-    again._request, again._work = event._request, work  # noqa: SLF001  # as above
+    again._request = event._request  # noqa: SLF001  # kept from the user's eyes only
+    set_work(again, work)
     return again
 
 
@@ -243,7 +249,7 @@ def guarding(timeout: float, ending: Callable[[], bool]) -> Middleware:
 
     def wrap(handle: Handle) -> Handle:
         async def guarded(event: EventObject[Any]) -> Any:
-            work = work_of(event)
+            work = current_work()
             work.engine.expect_end(work, timeout)
             try:
                 result = await handle(event)
@@ -259,7 +265,9 @@ def guarding(timeout: float, ending: Callable[[], bool]) -> Middleware:
             except Exception:
                 await _settle(work, ending)
                 raise
-            await _settle(work, ending)
+            work.expires = math.inf
+            if work.timed_out or (work.task is not None and work.task.cancelling()):
+                await _settle(work, ending)
             if isinstance(result, (Reject, RetryLater)):
                 raise result  # returned where it should have been raised
             return result

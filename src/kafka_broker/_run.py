@@ -98,8 +98,10 @@ class Run:
         if after is None:
             storage.open()
         self._stopping = asyncio.Event()
+        self._handles = asyncio.Event()
         self._replies: list[asyncio.Task[None]] = []
         self._reading: dict[str, asyncio.Task[None]] = {}
+        self._watched: set[asyncio.Future[Any]] = set()
         self._task = self.loop.create_task(
             self._supervise(), name=f"kafka_broker {settings.module}"
         )
@@ -122,6 +124,15 @@ class Run:
     def _is_cut_off(self) -> bool:
         """Whether our tasks are cancelled because the loop closes."""
         return self._task.cancelling() > 0 or self._task.done()
+
+    def begin_handling(self) -> None:
+        """Join the group and handle events from now on; until then it only sends and asks."""
+        self._handles.set()
+
+    async def end_handling(self) -> None:
+        """Let what is handled end, commit it, and leave the group; all the rest goes on."""
+        if self.ready:
+            await self._stop_handling()
 
     def request_stop(self) -> None:
         """Begin to stop; returns at once."""
@@ -220,13 +231,16 @@ class Run:
         await self.transport.start()
         await self._ensure_topics()
         await self._inbox.open(self.transport)
-        for dispatcher in self._dispatchers.values():
-            await dispatcher.open()
+        if self._handles.is_set():
+            for dispatcher in self._dispatchers.values():
+                await dispatcher.open()
         self._replies = [self.loop.create_task(self._inbox.run(self.transport))]
         self._reading = {
-            name: self.loop.create_task(dispatcher.run())
+            name: self.loop.create_task(dispatcher.run(self._handles))
             for name, dispatcher in self._dispatchers.items()
         }
+        failed = [dispatcher.failed for dispatcher in self._dispatchers.values()]
+        self._watched = {*self._replies, *self._reading.values(), *failed}
         instance = self._settings.instance
         self.outbox.open(
             self.transport, _wire.address(self._inbox.topic, self._inbox.partition, instance)
@@ -267,13 +281,16 @@ class Run:
     async def _watch(self) -> None:
         """Wait for a stop; a worker that ends before is a bug of ours, and ends everything."""
         stopping = self.loop.create_task(self._stopping.wait())
-        ours: set[asyncio.Future[Any]] = {*self._reading.values(), *self._replies}
-        ours |= {dispatcher.failed for dispatcher in self._dispatchers.values()}
+        ended: set[asyncio.Future[Any]] = set()
         try:
-            done, _ = await asyncio.wait({stopping, *ours}, return_when=asyncio.FIRST_COMPLETED)
+            while not ended and not self.stopping:
+                done, _ = await asyncio.wait(
+                    {stopping, *self._watched}, return_when=asyncio.FIRST_COMPLETED
+                )
+                ended = done & self._watched
         finally:
             stopping.cancel()
-        for worker in done & ours:
+        for worker in ended:
             if worker.cancelled():
                 msg = "one of the broker's own tasks was cancelled, perhaps by a handler"
                 raise BrokerError(msg)
@@ -301,9 +318,11 @@ class Run:
 
     async def _stop_handling(self) -> None:
         """Let what is handled end, and commit it; both topics at a time."""
+        reading, self._reading = self._reading, {}
+        self._watched = {*self._replies}
         stops = {
-            self.loop.create_task(self._dispatchers[name].stop(reading))
-            for name, reading in self._reading.items()
+            self.loop.create_task(self._dispatchers[name].stop(task))
+            for name, task in reading.items()
         }
         if stops:
             await asyncio.wait(stops)

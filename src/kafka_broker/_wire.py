@@ -141,9 +141,9 @@ def due_headers(record: Record) -> Headers:
     return _without(record.headers, {DUE})
 
 
-def replayed_headers(record: Record, attempt: int) -> Headers:
-    """Return the headers of a dead letter that goes back to the topic it came from."""
-    return (*_without(record.headers, _OURS), _attempt(attempt))
+def replayed_headers(headers: Headers, attempt: int) -> Headers:
+    """Return the headers of a dead letter that goes back: nobody waits for its reply any more."""
+    return (*_without(headers, _OURS | {DEADLINE}), _attempt(attempt))
 
 
 def _without(headers: Headers, names: Container[str]) -> Headers:
@@ -167,11 +167,12 @@ def due_of(record: Record) -> float:
     return _deadline(named(record.headers).get(DUE)) or 0.0
 
 
-def place_of(record: Record) -> tuple[str, int, int] | None:
-    """Return the topic, partition and offset where an event was first read, if it tells."""
-    topic, _, rest = origin_of(record)[1].decode("utf-8", "replace").partition(":")
+def place_of_origin(origin: str) -> tuple[str, int, int] | None:
+    """Return the topic, partition and offset that an origin names, if it does."""
+    topic, _, rest = origin.partition(":")
     partition, _, offset = rest.partition(":")
-    if not (partition.isdigit() and offset.isdigit()):
+    digits = (partition + offset).isascii() and partition.isdigit() and offset.isdigit()
+    if not (topic and digits) or max(len(partition), len(offset)) > _MAX_DIGITS * 2:
         return None
     return topic, int(partition), int(offset)
 

@@ -14,6 +14,7 @@ ROOT = [
     "BrokerManager",
     "BrokerSettings",
     "ConsumerStorage",
+    "DeadLetter",
     "Delivery",
     "EventObject",
     "EventRouter",

@@ -1,0 +1,147 @@
+"""Batches: events that are handled by one call of their function, each with its own verdict.
+
+Every event goes through its middleware by itself and meets the others here. The first to come
+leads: it waits for the others, takes a seat and calls the function; the rest wait without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from kafka_broker._event import work_of
+from kafka_broker._verdicts import HandlerTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from kafka_broker._event import EventObject
+    from kafka_broker._lanes import Work
+
+
+class Batch:
+    """The events of one call, in the order in which they came."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.full = asyncio.Event()
+        self.members: list[tuple[Work, Any, asyncio.Future[Any]]] = []
+
+    def add(self, work: Work, item: Any) -> asyncio.Future[Any]:
+        """Take in an event; returns what its verdict will come to."""
+        verdict: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.members.append((work, item, verdict))
+        work.batch, work.resting = self, True
+        if len(self.members) >= self._size:
+            self.full.set()
+        return verdict
+
+    def settle(self, results: list[Any]) -> None:
+        """Give each event its verdict."""
+        for (_, _, verdict), result in zip(self.members, results, strict=True):
+            if verdict.done():
+                continue
+            if isinstance(result, Exception):
+                verdict.set_exception(result)
+                verdict.exception()  # retrieved: who waited for it may have been dropped
+            else:
+                verdict.set_result(result)
+
+    def break_up(self) -> None:
+        """Nobody leads any more: whoever waits is cancelled."""
+        for _, _, verdict in self.members:
+            verdict.cancel()
+
+
+class Batches:
+    """Gathers the events of one bind.
+
+    Args:
+        size: the most events for one call.
+        within: seconds that the first waits for the others.
+        read: from an event to what its function takes; raises what is wrong with the event alone.
+        call: calls the function with a list.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        within: float,
+        *,
+        read: Callable[[EventObject[Any]], Any],
+        call: Callable[[list[Any]], Awaitable[Any]],
+    ) -> None:
+        self._size = size
+        self._within = within
+        self._read = read
+        self._call = call
+        self._open: Batch | None = None
+
+    async def __call__(self, event: EventObject[Any]) -> Any:
+        """Handle *event* together with others; raises what is said of it alone, or of all."""
+        item = self._read(event)
+        work = work_of(event)
+        if work is None:  # in a loop of the user's own
+            [result] = _results(await self._call([item]), 1)
+            if isinstance(result, Exception):
+                raise result
+            return result
+        if work.behind is not None and (self._open is None or work.behind.batch is not self._open):
+            await work.engine.wait_for_turn(work)
+        batch, leads = self._open, self._open is None
+        if batch is None:
+            batch = self._open = Batch(self._size)
+        verdict = batch.add(work, item)
+        if batch.full.is_set():
+            self._open = None
+        work.engine.let_wait(work)
+        try:
+            if leads:
+                await self._lead(batch, work)
+            return await verdict
+        finally:
+            work.batch, work.resting = None, False
+
+    async def _lead(self, batch: Batch, leader: Work) -> None:
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._within):
+                    await batch.full.wait()
+            await leader.engine.return_to_seat(leader)
+            if self._open is batch:
+                self._open = None
+            for work, _, _ in batch.members:
+                work.resting = False
+                work.engine.let_nobody_pass(work)
+            batch.settle(await self._results_of(batch))
+        except asyncio.CancelledError:
+            if leader.timed_out:
+                late = HandlerTimeoutError("the function of the batch did not end in time")
+                batch.settle([late] * len(batch.members))
+            raise
+        finally:
+            if self._open is batch:
+                self._open = None
+            batch.break_up()
+
+    async def _results_of(self, batch: Batch) -> list[Any]:
+        items = [item for _, item, _ in batch.members]
+        try:
+            return _results(await self._call(items), len(items))
+        except Exception as exc:  # noqa: BLE001  # each event of the batch fails with it
+            return [exc] * len(items)
+
+
+def _results(returned: Any, count: int) -> list[Any]:
+    """Return a result for each event.
+
+    Raises:
+        TypeError: there are more or fewer.
+    """
+    if returned is None:
+        return [None] * count
+    if not isinstance(returned, (list, tuple)) or len(returned) != count:
+        msg = f"the function of a batch has to return None or a list of {count} results"
+        raise TypeError(msg)
+    return list(returned)

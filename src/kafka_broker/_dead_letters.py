@@ -1,0 +1,87 @@
+"""Dead letters: what is in a dead-letter topic, and its way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kafka_broker import _wire
+from kafka_broker._transport import Outgoing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from kafka_broker._delivery import Delivery
+    from kafka_broker._outbox import Outbox
+    from kafka_broker._transport import Headers, Record, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An event that could not be handled, as it came.
+
+    Attributes:
+        partition, offset: where it is in the dead-letter topic.
+        timestamp: when it was put there, in seconds since the epoch.
+        origin: where it was first read, as ``topic:partition:offset``.
+        error: the class name of the error, for example ``"ValueError"``.
+        attempt: the number of the try that failed last.
+        key, value, headers: of the record; behind its own headers are those with ``kb-``.
+    """
+
+    partition: int
+    offset: int
+    timestamp: float
+    origin: str
+    error: str
+    attempt: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+def _opened(record: Record) -> DeadLetter:
+    error = _wire.named(record.headers).get(_wire.FAILURE) or b""
+    return DeadLetter(
+        partition=record.partition,
+        offset=record.offset,
+        timestamp=record.timestamp / 1000,
+        origin=_wire.origin_of(record)[1].decode("utf-8", "replace"),
+        error=error.decode("utf-8", "replace"),
+        attempt=_wire.attempt_of(record),
+        key=record.key,
+        value=record.value,
+        headers=record.headers,
+    )
+
+
+async def read_dead_letters(transport: Transport, topic: str) -> AsyncGenerator[DeadLetter]:
+    """Yield what is in *topic* now, partition by partition.
+
+    Raises:
+        BrokerUnavailableError: Kafka does not answer, or the topic cannot be read.
+    """
+    for partition in range(await transport.partitions(topic)):
+        at_end = await transport.read(topic, partition)
+        end = at_end.position
+        await at_end.close()
+        reader = await transport.read(topic, partition, 0)
+        try:
+            while reader.position < end:
+                records = await reader.fetch()
+                if not records:
+                    break  # what was there has been deleted meanwhile
+                for record in records:
+                    if record.offset < end:
+                        yield _opened(record)
+        finally:
+            await reader.close()
+
+
+def replay(letter: DeadLetter, outbox: Outbox, module: str) -> Delivery:
+    """Produce *letter* again to where it came from; raises as `Outbox.put`."""
+    place = _wire.place_of_origin(letter.origin)
+    topic, partition = (place[0], place[1]) if place else (module, None)
+    headers = _wire.replayed_headers(letter.headers, letter.attempt + 1)
+    record = Outgoing(letter.key, letter.value, headers)
+    return outbox.put(topic, record, keyed=letter.key is not None, partition=partition)
