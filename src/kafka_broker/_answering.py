@@ -55,8 +55,9 @@ class _Answers:
         Raises:
             TypeError: it has no form in JSON.
         """
-        request = current_work().request
-        if request is None or request.answered:
+        work = current_work()
+        request = work.request
+        if request is None or request.answered or work.postponed:
             return
         if result is None and (request.handed_on or not request.awaited):
             return

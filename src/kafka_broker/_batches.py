@@ -32,7 +32,7 @@ class Batch:
         """Take in an event; returns what its verdict will come to."""
         verdict: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.members.append((work, item, verdict))
-        work.batch, work.resting = self, True
+        work.batch = self
         if len(self.members) >= self._size:
             self.full.set()
         return verdict
@@ -93,6 +93,8 @@ class Batches:
         if batch is None:
             batch = self._open = Batch(self._size)
         verdict = batch.add(work, item)
+        if work.engine.draining:
+            batch.full.set()  # nobody else may come
         if batch.full.is_set():
             self._open = None
         work.engine.let_wait(work)
@@ -101,7 +103,7 @@ class Batches:
                 await self._lead(batch, work)
             return await verdict
         finally:
-            work.batch, work.resting = None, False
+            work.batch = None
 
     async def _lead(self, batch: Batch, leader: Work) -> None:
         try:
@@ -112,7 +114,6 @@ class Batches:
             if self._open is batch:
                 self._open = None
             for work, _, _ in batch.members:
-                work.resting = False
                 work.engine.let_nobody_pass(work)
             batch.settle(await self._results_of(batch))
         except asyncio.CancelledError:

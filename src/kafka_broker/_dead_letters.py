@@ -48,7 +48,7 @@ def _opened(record: Record) -> DeadLetter:
         timestamp=record.timestamp / 1000,
         origin=_wire.origin_of(record)[1].decode("utf-8", "replace"),
         error=error.decode("utf-8", "replace"),
-        attempt=_wire.attempt_of(record),
+        attempt=_wire.standing_of(record)[0],
         key=record.key,
         value=record.value,
         headers=record.headers,

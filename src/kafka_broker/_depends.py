@@ -58,6 +58,11 @@ class Dependencies:
         """Whether solving them needs the event loop, with the overrides of this moment."""
         return any(dependency.is_async for dependency in _steps(self._needs, {}).values())
 
+    def asks_for(self, wanted: type) -> bool:
+        """Return whether one of them is given *wanted*, with the overrides of this moment."""
+        steps = _steps(self._needs, {}).values()
+        return any(needs.asks_for(wanted) for needs in (self._needs, *(s.needs for s in steps)))
+
     @asynccontextmanager
     async def solved(self, given: Mapping[type, object]) -> AsyncIterator[dict[str, Any]]:
         """Solve them in this task, and the plain functions among them in worker threads.
@@ -128,6 +133,9 @@ class _Needs:
         self.dependencies: dict[Hashable, _Dependency] = {}
         for parameter in parameters:
             self._add(parameter)
+
+    def asks_for(self, key: Hashable) -> bool:
+        return key in self._keys.values()
 
     def among(self, values: Mapping[Hashable, Any]) -> dict[str, Any]:
         return {name: values[key] for name, key in self._keys.items()}

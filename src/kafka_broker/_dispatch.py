@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
     from typing import Any
 
-    from kafka_broker._lanes import Work
+    from kafka_broker._lanes import Partition, Work
     from kafka_broker._outbox import Outbox
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._transport import Subscription, Transport
@@ -52,12 +52,16 @@ class Dispatcher:
     Args:
         topic, group_id: what is read, and as whom.
         concurrency: how many records are handled at a time.
+        max_events: how many may be begun and not committed.
         handle: what happens to a record; it notes the endings that the offset waits for.
         outbox: nothing is begun while it is full.
         forget: called when events that were handed on are another replica's from now on.
         ending: tells whether all our tasks are to end.
+        put_off: leaves a record that only rests to the next replica, when commits wait for it.
+        keyed: whether records of one key wait for each other; without that a rest may be long.
 
     Attributes:
+        draining: whether nothing new is begun, because partitions move or the broker stops.
         failed: ends in the error of a worker that died: a bug of ours.
     """
 
@@ -69,10 +73,13 @@ class Dispatcher:
         topic: str,
         group_id: str,
         concurrency: int,
+        max_events: int,
         handle: Callable[[Work], Coroutine[Any, Any, None]],
         outbox: Outbox,
         forget: Callable[[], None],
         ending: Callable[[], bool],
+        put_off: Callable[[Work], None] | None,
+        keyed: bool,
     ) -> None:
         self._settings = settings
         self._transport = transport
@@ -82,14 +89,20 @@ class Dispatcher:
         self._outbox = outbox
         self._forget = forget
         self._ending = ending
+        self._put_off = put_off
+        self._keyed = keyed
         self._loop = asyncio.get_running_loop()
         self._lanes = Lanes(
-            concurrency, max_events=settings.in_flight_events, max_bytes=settings.in_flight_bytes
+            concurrency,
+            max_events=max_events,
+            max_bytes=settings.in_flight_bytes,
+            keyed=keyed,
         )
         self._subscription: Subscription | None = None
         self._ours = asyncio.Event()
-        self._draining = False
+        self.draining = False
         self._stopping = False
+        self._closed = False
         self._interruptible = False
         self._drained = asyncio.Event()
         self._room = asyncio.Event()
@@ -180,7 +193,7 @@ class Dispatcher:
 
     def _wake(self) -> None:
         """Have a worker look for something to do, unless one is on its way to do so."""
-        if self._waking or self._draining or not self._lanes.startable or self._at_door:
+        if self._waking or self._at_door or not self._lanes.startable:
             return
         self._waking = True
         while self._idle:
@@ -196,10 +209,10 @@ class Dispatcher:
         """Handle one record after the other; wait when there is none that may run."""
         self._waking = False
         task, turn = asyncio.current_task(), 0
-        while True:
+        while not self._closed:
             if self._outbox.full:
                 await self._wait_at_door()
-            work = None if self._draining else self._lanes.next()
+            work = self._lanes.next()
             if work is None:
                 waiter = self._loop.create_future()
                 self._idle.append(waiter)
@@ -226,7 +239,7 @@ class Dispatcher:
             work.ended = not work.dropped
         except asyncio.CancelledError:
             if not work.dropped:
-                raise
+                raise  # and one that was put off has ended
         finally:
             work.task = None
             self._end(work)
@@ -238,7 +251,7 @@ class Dispatcher:
         lanes.end(work)
         if not self._room.is_set():
             self._room.set()
-        if not lanes.working:
+        if lanes.idle:
             self._drained.set()
         if work.partition.begun * 2 >= lanes.events_share and not self._commit_due.is_set():
             self._commit_due.set()
@@ -263,16 +276,16 @@ class Dispatcher:
         Raises:
             CancelledError: it was dropped.
         """
-        work.resting = True
+        work.resting, work.resumes = True, self._loop.time() + seconds
         self._lanes.give_up_seat(work)
         self._wake()
         try:
-            if self._draining:
+            if self.draining and work.record.offset >= work.partition.limit:
                 self._drop([work])
             await asyncio.sleep(seconds)
-            await self.return_to_seat(work)
         finally:
             work.resting = False
+        await self.return_to_seat(work)
 
     async def return_to_seat(self, work: Work) -> None:
         """Wait for a seat again; those that have waited come before those that are new."""
@@ -292,16 +305,14 @@ class Dispatcher:
 
     async def wait_for_turn(self, work: Work) -> None:
         """Wait without a seat until those before *work* in its lane have ended."""
-        work.resting, work.turn = True, asyncio.Event()
+        work.turn = asyncio.Event()
         self._lanes.give_up_seat(work)
         self._wake()
         try:
-            if self._draining:
-                self._drop([work])
             await work.turn.wait()
-            await self.return_to_seat(work)
         finally:
-            work.resting, work.turn = False, None
+            work.turn = None
+        await self.return_to_seat(work)
 
     def expect_end(self, work: Work, timeout: float) -> None:
         """Cancel the handler of *work* if it still runs *timeout* seconds from now."""
@@ -330,13 +341,17 @@ class Dispatcher:
 
     async def _commit_regularly(self) -> None:
         while True:
-            shares = [partition.begun * 2 for partition in self._lanes.partitions.values()]
-            pressed = bool(shares) and max(shares) >= self._lanes.events_share
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.commit_interval):
-                    await self._commit_due.wait()
-                    await asyncio.sleep(_PRESSED if pressed else 0)
+            partitions = self._lanes.partitions.values()
+            begun = max((partition.begun for partition in partitions), default=0)
+            if begun * 2 >= self._lanes.events_share:
+                await asyncio.sleep(_PRESSED)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.commit_interval):
+                        await self._commit_due.wait()
             self._commit_due.clear()
+            if begun >= self._lanes.events_share and not self._keyed:
+                self._put_off_those(before=lambda one: one.last_ended)
             try:
                 await self._commit()
             except BrokerUnavailableError as exc:
@@ -373,7 +388,7 @@ class Dispatcher:
                 self._topic,
             )
         self._lanes.assign(partitions)
-        self._draining = self._stopping
+        self.draining = self._stopping
         self._room.set()
 
     async def _revoked(self, partitions: frozenset[int]) -> None:
@@ -412,6 +427,7 @@ class Dispatcher:
             async with asyncio.timeout(timeout):
                 await self._ours.wait()
         await self._leave(timeout, timeout, timeout)
+        self._closed = True
         for worker in self._workers:
             worker.cancel()
         if self._workers:
@@ -421,23 +437,36 @@ class Dispatcher:
         self.failed.cancel()
         _logger.info("%s: left the group %s", self._topic, self._group_id)
 
+    async def close(self) -> None:
+        """Leave the group at once: for a start that did not come to reading."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.close()
+
     async def _leave(self, for_handlers: float, for_replies: float, for_commit: float) -> None:
         """Give everything up and leave the group."""
         if self._subscription is not None:
             await self._finish(for_handlers, for_replies, for_commit)
-        subscription, self._subscription = self._subscription, None
         self._let_go()
-        if subscription is not None:
-            await subscription.close()
+        await self.close()
 
     async def _finish(self, for_handlers: float, for_replies: float, for_commit: float) -> None:
-        """Begin nothing more; let what runs end, its replies be delivered, and commit."""
-        self._draining = True
-        self._lanes.clear()
+        """Let what was begun end, and what is before it; have its replies delivered; commit."""
+        lanes = self._lanes
+        self.draining = True
         self._forget()
-        self._drop([work for work in self._lanes.working if work.resting])
+        lanes.close()
+        self._put_off_those(before=lambda one: one.limit, after=self._loop.time() + for_handlers)
+        self._drop([w for w in lanes.working if w.resting and w.record.offset > w.partition.limit])
+        for work in lanes.working:
+            if work.batch is not None:
+                work.batch.full.set()  # nobody else may come
+        if not lanes.idle:
+            _logger.info("%s: waits for handlers, up to %g s", self._topic, for_handlers)
         if not await self._idle_within(for_handlers):
-            running = sorted(work.where for work in self._lanes.working)
+            self._put_off_those(before=lambda one: one.limit)
+            lanes.clear()
+            running = sorted(work.where for work in lanes.working if not work.dropped)
             _logger.warning(
                 "%s: %d handlers still run after %g s; they are cancelled and their events will "
                 "be handled again: %s",
@@ -446,7 +475,7 @@ class Dispatcher:
                 for_handlers,
                 ", ".join(running[:_LISTED]),
             )
-            self._drop(self._lanes.working)
+            self._drop(lanes.working)
             await self._idle_within(_LAST_WORDS)
         self._forget()
         await self._delivered(for_replies)
@@ -456,6 +485,22 @@ class Dispatcher:
         except (TimeoutError, BrokerUnavailableError) as exc:
             _logger.warning("%s: the last offsets were not committed: %r", self._topic, exc)
 
+    def _put_off_those(
+        self, *, before: Callable[[Partition], float], after: float = -math.inf
+    ) -> None:
+        """Put off what rests *before* an offset, as something behind it has ended or will.
+
+        Only what rests until *after* that time of the loop.
+        """
+        if self._put_off is None:
+            return
+        for work in self._lanes.working:
+            holds_up = work.record.offset < before(work.partition)
+            if holds_up and work.resting and work.resumes > after and not work.dropped:
+                self._put_off(work)
+                work.ended = True
+                self._drop([work])
+
     def _drop(self, works: Iterable[Work]) -> None:
         for work in works:
             work.dropped = True
@@ -464,12 +509,12 @@ class Dispatcher:
 
     async def _idle_within(self, timeout: float) -> bool:
         """Return whether nothing is handled any more, at the latest after *timeout* seconds."""
-        if self._lanes.working:
+        if not self._lanes.idle:
             self._drained.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._drained.wait()
-        return not self._lanes.working
+        return self._lanes.idle
 
     async def _delivered(self, timeout: float) -> None:
         """Wait until the replies and dead letters of what has ended are in the log."""

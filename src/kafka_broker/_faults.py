@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ def delay(seconds: float, *, up_to: float | None = None, seed: int | None = None
         ConfigurationError: the seconds are negative, or the second number is the smaller one.
     """
     longest = seconds if up_to is None else up_to
-    if not 0 <= seconds <= longest:
+    if not 0 <= seconds <= longest < math.inf:
         raise ConfigurationError(f"delay needs 0 <= seconds <= up_to, got {seconds!r}, {up_to!r}")
     chance = random.Random(seed)  # noqa: S311  # no secret
 

@@ -347,6 +347,9 @@ class Handler:
         dependencies = self._dependencies
         if dependencies is None:
             return await self._run(named, scope)
+        for wanted in INJECTED:
+            if dependencies.asks_for(wanted):
+                self._value(wanted, scope)  # refuses, where there is none
         given = {**scope.given, EventObject: event}
         if not self._is_async and not dependencies.is_async:
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from kafka_broker._event import PENDING, RESPOND, EventObject, set_work
 from kafka_broker._middleware import (
     Handle,
     Middleware,
-    bury,
     dead_lettering,
     deadline,
     guarding,
@@ -71,16 +69,20 @@ class Handling:
         self._outbox = outbox
         self._scope = scope
         self._ending = ending
+        self._group = settings.group_id.encode()
         self._handles: dict[Handler | None, Handle] = {}
 
     async def __call__(self, work: Work) -> None:
         """Handle a record; its offset may be committed when the endings of *work* are done."""
         record = work.record
+        work.attempt, group = _wire.standing_of(record)
+        if group is not None and group != self._group:
+            return  # it came back for those who share the topic as another group
         try:
             event = _wire.decode(record)
         except EventDecodeError as exc:
             _logger.error("%s", exc)  # noqa: TRY400  # the traceback would quote the payload
-            bury(work, exc, self._outbox, self._settings.dead_letter_topic, self._metrics)
+            self._bury(work, exc)
             return
         if self._is_reply(event):
             self._storage.put_reply(event.correlation_id, record)
@@ -89,12 +91,31 @@ class Handling:
         else:
             set_work(event, work)
             work.request = event._request  # noqa: SLF001  # kept from the user's eyes only
-            work.attempt = _wire.attempt_of(record)
             handler = self._router.match(event.event)
             if work.behind is not None and (handler is None or handler.terms.batch is None):
                 await work.engine.wait_for_turn(work)
             handle = self._handles.get(handler) or self._compile(handler)
             await handle(event)
+
+    def put_off(self, work: Work) -> None:
+        """Leave an event that waits for its next try to the next replica."""
+        self._postpone(work, 0)
+
+    def _postpone(self, work: Work, seconds: float) -> None:
+        """Send a record through the retry topic."""
+        record, due = work.record, self._transport.now() + seconds
+        group = self._settings.group_id
+        headers = _wire.postponed_headers(record, group, work.attempt + 1, due)
+        later = Outgoing(record.key, record.value, headers)
+        work.endings.append(Transfer(self._outbox, self._settings.retry_topic, later))
+
+    def _bury(self, work: Work, error: Exception) -> None:
+        """Put a record into the dead-letter topic as it came, with its origin and the error."""
+        record, group = work.record, self._settings.group_id
+        headers = _wire.dead_letter_headers(record, group, work.attempt, error)
+        letter = Outgoing(record.key, record.value, headers)
+        work.endings.append(Transfer(self._outbox, self._settings.dead_letter_topic, letter))
+        self._metrics.count("events_dead_lettered")
 
     def _is_reply(self, event: EventObject[Any]) -> bool:
         """Return whether a peer without reply headers, a kafka-broker 0.4, answers to our topic."""
@@ -117,9 +138,9 @@ class Handling:
         now = self._transport.now
         around = [
             deadline(now, metrics),
-            dead_lettering(outbox, settings.dead_letter_topic, metrics),
+            dead_lettering(self._bury),
             answering(outbox, settings.module, metrics),
-            postponing(outbox, settings.retry_topic, now, metrics),
+            postponing(self._postpone, now, metrics),
             observing(now, metrics),
         ]
         if handler is None:
@@ -153,18 +174,12 @@ class Postponed:
     async def __call__(self, work: Work) -> None:
         """Wait until *work* is due, then send it on."""
         record = work.record
+        _, group = _wire.standing_of(record)
+        if group is not None and group != self._settings.group_id.encode():
+            return  # those who share the topic as another group will
         seconds = _wire.due_of(record) - self._transport.now()
         if seconds > 0:
-            try:
-                await work.engine.rest(work, seconds)
-            except asyncio.CancelledError:
-                if not work.dropped or not work.partition.watermark.ended_beyond(record.offset):
-                    raise
-                # The next replica would begin here and repeat what is done behind it already.
-                work.dropped = False
-                again = Outgoing(record.key, record.value, record.headers)
-                work.endings.append(Transfer(self._outbox, self._settings.retry_topic, again))
-                return
+            await work.engine.rest(work, seconds)
         origin = _wire.origin_of(record)[1].decode("utf-8", "replace")
         place = _wire.place_of_origin(origin)
         partition = place[1] if place and place[0] == self._settings.module else None
@@ -172,3 +187,9 @@ class Postponed:
         work.endings.append(
             Transfer(self._outbox, self._settings.module, back, partition=partition)
         )
+
+    def put_off(self, work: Work) -> None:
+        """Send a record that still waits to the end of the retry topic."""
+        record = work.record
+        again = Outgoing(record.key, record.value, record.headers)
+        work.endings.append(Transfer(self._outbox, self._settings.retry_topic, again))

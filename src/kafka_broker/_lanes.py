@@ -35,8 +35,10 @@ class Work:
         ended: whether its handling is over.
         dropped: whether its partition moves or the broker stops, so that it ends nowhere here.
         resting: whether it only waits for time to pass, and may be dropped at once.
+        resumes: the time of the loop at which that is over.
         expires: the time of the loop at which its handler has had its time.
         timed_out: whether that time has come.
+        postponed: whether it goes through the retry topic, so that its reply comes later.
         seated: whether it holds a seat.
         task: the worker that handles it.
         follower: the next of its lane, which waits for its end.
@@ -52,8 +54,10 @@ class Work:
     ended: bool = False
     dropped: bool = False
     resting: bool = False
+    resumes: float = 0.0
     expires: float = math.inf
     timed_out: bool = False
+    postponed: bool = False
     seated: bool = False
     task: asyncio.Task[None] | None = None
     follower: Work | None = None
@@ -69,6 +73,14 @@ class Work:
         self.engine = engine
         self.size = len(record.value or b"") + len(record.key or b"") + _RECORD_OVERHEAD
         self.endings: list[Ending] = []
+
+    def __deepcopy__(self, memo: object) -> Work:
+        """Return this one: a copy of an event is handled with it."""
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Stay here when an event goes to another process."""
+        return type(None), ()
 
     @property
     def where(self) -> str:
@@ -90,9 +102,21 @@ class Partition:
         running: how many of its records hold a seat.
         begun: how many were begun and are not committed yet.
         size: the bytes of its records whose handling is not over.
+        last_ended: the highest offset whose handling has ended.
+        limit: the offset that nothing beyond is begun of any more.
     """
 
-    __slots__ = ("begun", "number", "ready", "running", "size", "tails", "watermark")
+    __slots__ = (
+        "begun",
+        "last_ended",
+        "limit",
+        "number",
+        "ready",
+        "running",
+        "size",
+        "tails",
+        "watermark",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -102,6 +126,8 @@ class Partition:
         self.running = 0
         self.begun = 0
         self.size = 0
+        self.last_ended = -1
+        self.limit = math.inf
 
 
 class Lanes:
@@ -113,12 +139,16 @@ class Lanes:
 
     Args:
         concurrency: the number of seats.
+        keyed: whether records of one key wait for each other.
         max_events: how many may be begun and not committed.
         max_bytes: how large the records may be whose handling is not over.
     """
 
-    def __init__(self, concurrency: int, *, max_events: int, max_bytes: int) -> None:
+    def __init__(
+        self, concurrency: int, *, max_events: int, max_bytes: int, keyed: bool = True
+    ) -> None:
         self._concurrency = concurrency
+        self._keyed = keyed
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._turns: deque[Partition] = deque()
@@ -144,7 +174,7 @@ class Lanes:
             partition.watermark.begin(record.offset, work)
             partition.size += work.size
             key = record.key
-            if key is not None:
+            if key is not None and self._keyed:
                 tail = partition.tails.get(key)
                 partition.tails[key] = work
                 if tail is not None:
@@ -156,6 +186,8 @@ class Lanes:
 
     def _make_ready(self, work: Work) -> None:
         partition = work.partition
+        if work.record.offset > partition.limit:
+            return
         if not partition.ready:
             self._turns.append(partition)
         partition.ready.append(work)
@@ -177,10 +209,10 @@ class Lanes:
         """Seat the next record, each partition in its turn; None if none may run now."""
         for _ in range(len(self._turns)):
             partition = self._turns[0]
-            if not self._may_seat(partition) or partition.begun >= self.events_share:
+            work = self._first_of(partition) if self._may_seat(partition) else None
+            if work is None:
                 self._turns.rotate(-1)
                 continue
-            work = partition.ready.popleft()
             if partition.ready:
                 self._turns.rotate(-1)
             else:
@@ -190,6 +222,16 @@ class Lanes:
             self._seat(work)
             return work
         return None
+
+    def _first_of(self, partition: Partition) -> Work | None:
+        """Take the next record of a partition; of one with a full share only what all wait for."""
+        if partition.begun < self.events_share or partition.limit < math.inf:
+            return partition.ready.popleft()
+        first = partition.watermark.first()
+        if first is None or partition.begun > self.events_share or first not in partition.ready:
+            return None
+        partition.ready.remove(first)
+        return first
 
     def _may_seat(self, partition: Partition) -> bool:
         free = self._concurrency - self._seated
@@ -246,6 +288,8 @@ class Lanes:
         work.passable = False
         partition = work.partition
         partition.size -= work.size
+        if work.ended and work.record.offset > partition.last_ended:
+            partition.last_ended = work.record.offset
         beside = work.follower or work.behind or work.beside
         before = self._leave_lane(work) if beside is not None else None
         key = work.record.key
@@ -274,14 +318,32 @@ class Lanes:
                     self._let_pass(before)
         return before
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing may begin."""
+        return not self.working and not self._turns
+
+    def close(self) -> None:
+        """Begin only what is before something that was begun.
+
+        Otherwise nothing behind the gap could be committed, and all of that would be repeated.
+        """
+        for partition in self.partitions.values():
+            partition.limit = partition.last_ended
+        for work in self.working:
+            if not work.resting:
+                work.partition.limit = max(work.partition.limit, work.record.offset)
+        for partition in list(self._turns):
+            limit = partition.limit
+            partition.ready = deque(w for w in partition.ready if w.record.offset <= limit)
+        self._turns = deque(partition for partition in self._turns if partition.ready)
+
     def clear(self) -> None:
-        """Forget what was not begun; what runs goes on, and nothing new begins."""
+        """Begin nothing any more; what runs goes on."""
         self._turns.clear()
         for partition in self.partitions.values():
+            partition.limit = -1
             partition.ready.clear()
-            partition.tails.clear()
-        for work in self.working:
-            work.follower, work.passable = None, False
 
     def committed(self, number: int, offset: int) -> None:
         """Take note of a committed offset: as many more may be begun."""

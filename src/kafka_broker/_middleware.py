@@ -21,8 +21,6 @@ from kafka_broker import _wire
 from kafka_broker._event import EventObject, set_work
 from kafka_broker._isolation import absorb_cancellations, handled_now
 from kafka_broker._metrics import Metrics
-from kafka_broker._outbox import Transfer
-from kafka_broker._transport import Outgoing
 from kafka_broker._verdicts import (
     HandlerCancelledError,
     HandlerTimeoutError,
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kafka_broker._lanes import Work
-    from kafka_broker._outbox import Outbox
 
 _logger = logging.getLogger("kafka_broker.handling")
 
@@ -66,6 +63,10 @@ def _time_left(work: Work, now: float) -> float:
     return math.inf if request is None or not request.deadline else request.deadline - now
 
 
+def _may_wait(verdict: RetryLater, now: float) -> bool:
+    return _time_left(current_work(), now) > verdict.seconds
+
+
 def deadline(now: Callable[[], float], metrics: Metrics) -> Middleware:
     """Leave out events whose sender does not wait any more."""
 
@@ -83,16 +84,7 @@ def deadline(now: Callable[[], float], metrics: Metrics) -> Middleware:
     return wrap
 
 
-def bury(work: Work, error: BaseException, outbox: Outbox, topic: str, metrics: Metrics) -> None:
-    """Put a record into the dead-letter topic as it came, with its origin and the error."""
-    record = work.record
-    headers = _wire.dead_letter_headers(record, work.attempt, error)
-    letter = Outgoing(record.key, record.value, headers)
-    work.endings.append(Transfer(outbox, topic, letter))
-    metrics.count("events_dead_lettered")
-
-
-def dead_lettering(outbox: Outbox, topic: str, metrics: Metrics) -> Middleware:
+def dead_lettering(bury: Callable[[Work, Exception], None]) -> Middleware:
     """Keep the events that failed and that nobody surely waits for."""
 
     def wrap(handle: Handle) -> Handle:
@@ -100,7 +92,7 @@ def dead_lettering(outbox: Outbox, topic: str, metrics: Metrics) -> Middleware:
             try:
                 return await handle(event)
             except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here
-                bury(current_work(), exc, outbox, topic, metrics)
+                bury(current_work(), exc)
 
         return kept
 
@@ -108,7 +100,7 @@ def dead_lettering(outbox: Outbox, topic: str, metrics: Metrics) -> Middleware:
 
 
 def postponing(
-    outbox: Outbox, topic: str, now: Callable[[], float], metrics: Metrics
+    postpone: Callable[[Work, float], None], now: Callable[[], float], metrics: Metrics
 ) -> Middleware:
     """Send what is to be handled much later through the retry topic."""
 
@@ -118,12 +110,10 @@ def postponing(
                 return await handle(event)
             except RetryLater as exc:
                 work = current_work()
-                if _time_left(work, now()) <= exc.seconds:
+                if not _may_wait(exc, now()):
                     raise
-                record, due = work.record, now() + exc.seconds
-                headers = _wire.postponed_headers(record, work.attempt + 1, due)
-                later = Outgoing(record.key, record.value, headers)
-                work.endings.append(Transfer(outbox, topic, later))
+                postpone(work, exc.seconds)
+                work.postponed = True
                 metrics.count("events_postponed")
                 _logger.info("%s is handled again in %g s: %s", work.where, exc.seconds, exc.reason)
 
@@ -136,27 +126,24 @@ def observing(now: Callable[[], float], metrics: Metrics) -> Middleware:
     """Count and log how events end, and tell the observer."""
     tells = type(metrics).handled is not Metrics.handled
 
+    def tell(began: float, name: str, error: Exception | None) -> None:
+        if tells:
+            seconds = time.perf_counter() - began
+            metrics.handled(current_work().where, name, seconds, error)
+
     def wrap(handle: Handle) -> Handle:
         async def observed(event: EventObject[Any]) -> Any:
-            began = time.perf_counter() if tells else 0.0
-            name, error = event.event, None
+            began, name = time.perf_counter() if tells else 0.0, event.event
             try:
                 result = await handle(event)
             except Exception as exc:
-                error = exc
-                if (
-                    not isinstance(exc, RetryLater)
-                    or _time_left(current_work(), now()) <= exc.seconds
-                ):
+                if not isinstance(exc, RetryLater) or not _may_wait(exc, now()):
                     report(event, exc, metrics)
+                tell(began, name, exc)
                 raise
-            else:
-                metrics.count("events_handled")
-                return result
-            finally:
-                if tells:
-                    seconds = time.perf_counter() - began
-                    metrics.handled(current_work().where, name, seconds, error)
+            metrics.count("events_handled")
+            tell(began, name, None)
+            return result
 
         return observed
 
@@ -214,9 +201,12 @@ def retrying(policy: RetryPolicy, now: Callable[[], float], metrics: Metrics) ->
                     if pause is None or _time_left(work, now()) <= pause:
                         raise
                     why = exc.reason if isinstance(exc, RetryLater) else type(exc).__name__
+                    failure = exc
                 metrics.count("events_retried")
                 _logger.info("%s is tried again in %.1f s: %s", work.where, pause, why)
                 await work.engine.rest(work, pause)
+                if _time_left(work, now()) <= 0:  # there was no seat in time
+                    raise failure
                 work.attempt += 1
                 event = _afresh(event, work)
 

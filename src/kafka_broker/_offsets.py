@@ -45,10 +45,18 @@ class Watermark(Generic[One]):
 
     def advance(self) -> int | None:
         """Return the offset to commit: the next one to read; None if it is committed already."""
+        self._pass_done()
+        return self._low if self._passed else None
+
+    def first(self) -> One | None:
+        """Return what holds the watermark, or None."""
+        self._pass_done()
+        return self._begun[0][1] if self._begun else None
+
+    def _pass_done(self) -> None:
         while self._begun and self._begun[0][1].done():
             self._low = self._begun.popleft()[0] + 1
             self._passed += 1
-        return self._low if self._passed else None
 
     def committed(self, offset: int) -> int:
         """Note that *offset*, as `advance` gave it, is committed; returns how many events it adds.
@@ -59,10 +67,6 @@ class Watermark(Generic[One]):
             return 0
         passed, self._passed = self._passed, 0
         return passed
-
-    def ended_beyond(self, offset: int) -> bool:
-        """Return whether an event after *offset* has ended, which a restart would repeat."""
-        return any(ending.done() for begun, ending in self._begun if begun > offset)
 
     def pending(self) -> Iterator[One]:
         """Yield what was begun and holds the watermark, in the order of offsets."""

@@ -526,6 +526,8 @@ class Transfer:
 
     def _try_again(self, error: DeliveryError) -> bool:
         _logger.error("an event waits for its way out and holds back commits: %s", error)
+        if not error.retriable:
+            self._partition = None  # the topic may have fewer partitions than it had
         asyncio.get_running_loop().call_later(_BACKOFF[1], self._put_again)
         return True
 

@@ -147,10 +147,18 @@ class Run:
             topic=topic,
             group_id=settings.group_id + topic.removeprefix(settings.module),
             concurrency=1 if stored else settings.concurrency,
+            # what is stored is bounded by the storage, whichever partitions it comes from
+            max_events=(
+                settings.storage_events * settings.module_partitions
+                if stored
+                else settings.in_flight_events
+            ),
             handle=handle,
             outbox=self.outbox,
             forget=self._storage.forget_events if stored else _nothing,
             ending=self._is_cut_off,
+            put_off=None if stored else handle.put_off,
+            keyed=not isinstance(handle, Postponed),
         )
 
     async def wait_over(self) -> None:
@@ -275,6 +283,8 @@ class Run:
                 raise BrokerUnavailableError(msg)
 
     async def _disconnect(self) -> None:
+        for dispatcher in self._dispatchers.values():
+            await dispatcher.close()
         await self._inbox.close()
         await self.transport.stop()
 

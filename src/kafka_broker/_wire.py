@@ -34,8 +34,9 @@ ORIGIN = "kb-origin"
 FAILURE = "kb-error"
 ATTEMPT = "kb-attempt"
 DUE = "kb-due"
+GROUP = "kb-group"
 
-_OURS = frozenset({ORIGIN, FAILURE, ATTEMPT, DUE})
+_OURS = frozenset({ORIGIN, FAILURE, ATTEMPT, DUE, GROUP})
 _MAX_PARTITION = 1_000_000
 _MAX_DIGITS = 9
 _ENVELOPE = frozenset({"correlation_id", "event"})
@@ -124,16 +125,20 @@ def origin_of(record: Record) -> tuple[str, bytes]:
     return ORIGIN, f"{record.topic}:{record.partition}:{record.offset}".encode()
 
 
-def dead_letter_headers(record: Record, attempt: int, error: BaseException) -> Headers:
+def dead_letter_headers(record: Record, group: str, attempt: int, error: BaseException) -> Headers:
     """Return a record's own headers and after them where it came from and why it is dead."""
     failure = (FAILURE, type(error).__name__.encode())
-    return (*_without(record.headers, _OURS), origin_of(record), _attempt(attempt), failure)
+    return (*_going_back(record, group, attempt), failure)
 
 
-def postponed_headers(record: Record, attempt: int, due: float) -> Headers:
+def postponed_headers(record: Record, group: str, attempt: int, due: float) -> Headers:
     """Return a record's own headers and after them when the try number *attempt* is due."""
-    at = (DUE, b"%d" % math.ceil(due * 1000))
-    return (*_without(record.headers, _OURS), origin_of(record), _attempt(attempt), at)
+    return (*_going_back(record, group, attempt), (DUE, b"%d" % math.ceil(due * 1000)))
+
+
+def _going_back(record: Record, group: str, attempt: int) -> Headers:
+    own, ours = _without(record.headers, _OURS), (GROUP, group.encode())
+    return (*own, origin_of(record), ours, _attempt(attempt))
 
 
 def due_headers(record: Record) -> Headers:
@@ -143,7 +148,7 @@ def due_headers(record: Record) -> Headers:
 
 def replayed_headers(headers: Headers, attempt: int) -> Headers:
     """Return the headers of a dead letter that goes back: nobody waits for its reply any more."""
-    return (*_without(headers, _OURS | {DEADLINE}), _attempt(attempt))
+    return (*_without(headers, (_OURS | {DEADLINE}) - {GROUP}), _attempt(attempt))
 
 
 def _without(headers: Headers, names: Container[str]) -> Headers:
@@ -154,12 +159,18 @@ def _attempt(attempt: int) -> tuple[str, bytes]:
     return ATTEMPT, b"%d" % attempt
 
 
-def attempt_of(record: Record) -> int:
-    """Return the number of the try that comes next, or that a dead letter failed in; from 1."""
+def standing_of(record: Record) -> tuple[int, bytes | None]:
+    """Return the number of the try that comes next, or that a dead letter failed in, and the group.
+
+    A record that comes back is only for the consumer group that has sent it back.
+    """
+    attempt, group = 1, None
     for name, value in record.headers:
-        if name == ATTEMPT and value and value.isdigit() and len(value) <= _MAX_DIGITS:
-            return max(1, int(value))
-    return 1
+        if name == GROUP:
+            group = value
+        elif name == ATTEMPT and value and value.isdigit() and len(value) <= _MAX_DIGITS:
+            attempt = max(1, int(value))
+    return attempt, group
 
 
 def due_of(record: Record) -> float:

@@ -88,6 +88,25 @@ async def test_a_replica_that_joins_doubles_nothing(
     _handled_once(fleet, observer, 24)
 
 
+async def test_a_crash_repeats_what_was_not_committed(fleet: Fleet, observer: Observer) -> None:
+    """After SIGKILL another handles what had no end, and what had ended beyond it; no more."""
+    dying = await fleet.serve(module_partitions=1, session_timeout=6)
+    for number in range(30):
+        seconds = 3 if 10 <= number < 20 else 0
+        observer.append(_envelope(number, seconds=seconds), key=f"k{number}".encode())
+    quick = [*range(10), *range(20, 30)]
+    await fleet.until("the quick ones are handled", lambda: not lost(quick, dying.handlings()))
+    await fleet.until("the first are committed", lambda: observer.committed().get(0, 0) >= 10)
+    await dying.kill()
+    assert 10 == len(dying.open())
+    following = await fleet.serve()
+    await fleet.until("all is committed", lambda: {0: 30} == observer.committed())
+    await following.stop()
+    assert list(range(10, 30)) == sorted(one.number for one in following.handlings())
+    assert [] == lost(range(30), fleet.handlings())
+    assert [] == overlapping(fleet.handlings(), fleet.killed())
+
+
 async def test_a_stop_leaves_no_gap_behind_a_slow_key(fleet: Fleet, observer: Observer) -> None:
     """What ended beyond the queue of a slow key is not repeated: a stop works that queue off."""
     leaving = await fleet.serve(module_partitions=1)

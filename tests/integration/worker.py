@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import zlib
@@ -152,12 +153,13 @@ def load(number: int) -> tuple[str, EventObject]:
 
 
 async def produce(module: str, path: str, count: int, at_once: int, per_second: int) -> None:
-    """Produce numbered events, the first *at_once* of them as fast as possible."""
-    log, began = Log(path), 0.0
+    """Produce numbered events, the first *at_once* as fast as possible; SIGTERM ends it early."""
+    log, began, number, told = Log(path), 0.0, 0, asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
     async with BrokerManager(f"{module}-source") as broker:
         log.write("ready", instance=broker.settings.instance)
         deliveries = []
-        for number in range(count):
+        while number < count and not told.is_set():
             if number == at_once:
                 began = time.monotonic()
             if number >= at_once and (number - at_once) % max(1, int(per_second * _TICK)) == 0:
@@ -166,9 +168,10 @@ async def produce(module: str, path: str, count: int, at_once: int, per_second: 
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
             key, event = load(number)
             deliveries.append(broker.produce(module, event, key=key))
+            number += 1
         for delivery in deliveries:
             await delivery
-    log.write("produced", count=count)
+    log.write("produced", count=number)
 
 
 def main() -> None:

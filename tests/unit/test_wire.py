@@ -580,12 +580,13 @@ def test_a_forwarded_event_keeps_the_address_of_its_first_sender(
 def test_a_dead_letter_keeps_its_headers_and_tells_why() -> None:
     """Own headers first, then the coordinates and the class of the error; no text of it."""
     record = Arrived(b"?", [("a", b"1"), ("none", None), ("a", b"2")])
-    headers = wire.dead_letter_headers(record, 3, ValueError(SECRET))
+    headers = wire.dead_letter_headers(record, "Orders", 3, ValueError(SECRET))
     expected = (
         ("a", b"1"),
         ("none", None),
         ("a", b"2"),
         (wire.ORIGIN, b"Orders:3:77"),
+        (wire.GROUP, b"Orders"),
         (wire.ATTEMPT, b"3"),
         (wire.FAILURE, b"ValueError"),
     )

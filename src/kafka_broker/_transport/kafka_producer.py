@@ -54,6 +54,7 @@ _ALL_REPLICAS: Final = -1
 _NO_LIMIT: Final = 1 << 30
 _PAUSE: Final = 0.1
 _TRIES: Final = 5
+_LOADING: Final = kafka.GroupLoadInProgressError.errno
 _CODECS: Final = {
     "gzip": (1, has_gzip),
     "snappy": (2, has_snappy),
@@ -331,6 +332,9 @@ class KafkaProducer:
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 request = InitProducerIdRequest(None, 0)
                 answer = await client.send(client.get_random_node(), request)
+                while answer.error_code == _LOADING:  # a Kafka that has just started
+                    await asyncio.sleep(_PAUSE)
+                    answer = await client.send(client.get_random_node(), request)
                 if answer.error_code:
                     raise kafka.for_code(answer.error_code)
         return _Identity(answer.producer_id, answer.producer_epoch)
