@@ -135,6 +135,7 @@ class Dispatcher:
         with self._interrupted_by_stop():
             await begin.wait()
         committing = self._loop.create_task(self._commit_regularly())
+        committing.add_done_callback(self._commits_ended)
         try:
             while not self._stopping:
                 try:
@@ -153,10 +154,9 @@ class Dispatcher:
                         await asyncio.sleep(pause)
                     pause = min(pause * 2, _BACKOFF[1])
         finally:
+            committing.remove_done_callback(self._commits_ended)
             committing.cancel()
             await asyncio.wait({committing})
-        if not committing.cancelled():
-            committing.result()
 
     async def _read(self) -> None:
         """Fetch what there is room for, and queue it."""
@@ -265,7 +265,17 @@ class Dispatcher:
             _logger.warning("%s: a task of the broker was cancelled from outside", self._topic)
             self._waking = False
             self._wake()
-        elif (error := worker.exception()) is not None and not self.failed.done():
+        self._note_failure(worker)
+
+    def _commits_ended(self, committing: asyncio.Task[None]) -> None:
+        if committing.cancelled() and not self._ending():
+            self.failed.cancel()
+        self._note_failure(committing)
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        """Let a bug of ours stop the broker."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.failed.done():
             self.failed.set_exception(error)
 
     # What a record's handling may ask for

@@ -155,12 +155,12 @@ class Lanes:
         self._returning: deque[tuple[Work, Callable[[], None]]] = deque()
         self._quiet = 0
         self._seated = 0
-        self.partitions: dict[int, Partition] = {}
         self.working: set[Work] = set()
+        self.assign(())
 
     def assign(self, numbers: Collection[int]) -> None:
         """Begin anew with these partitions; what was here of others is forgotten."""
-        self.partitions = {number: Partition(number) for number in numbers}
+        self.partitions: dict[int, Partition] = {number: Partition(number) for number in numbers}
         self._turns.clear()
         self._quiet = len(self.partitions)
         self.events_share = max(1, self._max_events // max(1, len(numbers)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _SCRIPT: Final = Path(__file__).with_name("worker.py")
 _LOOK_AGAIN: Final = 0.05
+_ERROR: Final = re.compile(r" (ERROR|CRITICAL) (kafka_broker|asyncio)")
 
 
 class Worker:
@@ -201,6 +203,11 @@ class Fleet:
     def handlings(self) -> list[Handling]:
         """Return what all replicas have handled so far, in the order of the beginnings."""
         return handlings(entry for worker in self.workers for entry in worker.entries())
+
+    def errors(self) -> list[str]:
+        """Return what our own code and the event loop have called an error."""
+        lines = [line for worker in self.workers for line in worker.said().splitlines()]
+        return [line for line in lines if _ERROR.search(line)]
 
     def killed(self) -> dict[int, int]:
         """Return when each process that was killed was gone."""

@@ -57,6 +57,7 @@ def _handled_once(fleet: Fleet, observer: Observer, count: int) -> None:
     assert [] == doubled(handled)
     assert [] == overlapping(handled)
     assert [] == falling(observer.commits())
+    assert [] == fleet.errors()
 
 
 async def test_a_stop_doubles_nothing(

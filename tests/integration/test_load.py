@@ -47,12 +47,14 @@ async def _drained(fleet: Fleet, observer: Observer, seconds: float = 90) -> Non
     await fleet.until("all is committed", observer.drained, seconds)
 
 
-def _nothing_is_wrong(handled: list[Handling], observer: Observer, events: int) -> None:
+def _nothing_is_wrong(fleet: Fleet, observer: Observer, events: int) -> None:
+    handled = fleet.handlings()
     assert [] == lost(range(events), handled)
     assert [] == doubled(handled)
     assert [] == out_of_order(handled)
     assert [] == overlapping(handled)
     assert [] == falling(observer.commits())
+    assert [] == fleet.errors()
 
 
 async def test_one_replica_handles_many_keys_at_once(fleet: Fleet, observer: Observer) -> None:
@@ -62,9 +64,8 @@ async def test_one_replica_handles_many_keys_at_once(fleet: Fleet, observer: Obs
     await source.ended()
     await _drained(fleet, observer)
     await replica.stop()
-    handled = fleet.handlings()
-    _nothing_is_wrong(handled, observer, EVENTS)
-    assert CONCURRENCY // 2 < _most_at_once(handled) <= CONCURRENCY
+    _nothing_is_wrong(fleet, observer, EVENTS)
+    assert CONCURRENCY // 2 < _most_at_once(fleet.handlings()) <= CONCURRENCY
 
 
 def _most_at_once(handled: list[Handling]) -> int:
@@ -111,6 +112,7 @@ async def test_replicas_come_go_and_die(fleet: Fleet, observer: Observer) -> Non
     assert [] == out_of_order(handled)
     assert [] == overlapping(handled, killed)
     assert [] == falling(observer.commits())
+    assert [] == fleet.errors()
 
 
 def _has_produced(source: Worker, count: int) -> Callable[[], bool]:
@@ -141,7 +143,7 @@ async def test_rolling_restart(fleet: Fleet, observer: Observer) -> None:
     assert events < EVENTS, "the load lasts longer than the restart"
     await _drained(fleet, observer)
     await asyncio.gather(*(replica.stop() for replica in new))
-    _nothing_is_wrong(fleet.handlings(), observer, events)
+    _nothing_is_wrong(fleet, observer, events)
 
 
 async def test_a_frozen_replica_comes_back(
@@ -172,6 +174,7 @@ async def test_a_frozen_replica_comes_back(
     assert [] == out_of_order(sound)
     assert [] == overlapping(sound)
     assert len(doubled(handled)) <= IN_FLIGHT
+    assert [] == fleet.errors()
 
 
 def _produce(source: BrokerManager, module: str, numbers: range, seconds: float) -> None:

@@ -279,7 +279,9 @@ def test_no_more_are_begun_than_may_be_uncommitted() -> None:
     _end(lanes, *rest)
     assert (None, []) == (_commit(lanes), _begin(lanes))
     _end(lanes, first)
-    assert ([], 3, [3, 4]) == (_begin(lanes), _commit(lanes), _offsets(_begin(lanes)))
+    [oldest] = _begin(lanes)  # all commits wait for it, so it may
+    assert (3, 4) == (oldest.record.offset, lanes.partitions[0].begun)
+    assert (3, [4]) == (_commit(lanes), _offsets(_begin(lanes)))
 
 
 def test_a_partition_is_full_until_enough_is_committed() -> None:
@@ -435,6 +437,69 @@ def test_nobody_passes_one_that_runs() -> None:
 
 
 # Rebalances
+
+
+def _ended_beyond(lanes: Lanes) -> list[Work]:
+    """Have the fourth record ended before the second and the third, of its key, have begun."""
+    _add(lanes, "a", "a", "a", "b", "a", "c")
+    first, fourth, sixth = _begin(lanes)
+    assert [0, 3, 5] == _offsets([first, fourth, sixth])
+    _end(lanes, fourth)
+    return [first, sixth]
+
+
+def test_a_rebalance_closes_the_gaps() -> None:
+    """What is before something that has ended is begun as well, so that it can be committed."""
+    lanes = _lanes()
+    first, sixth = _ended_beyond(lanes)
+    sixth.resting = True
+    lanes.close()
+    lanes.end(sixth)
+    ended = []
+    while not lanes.idle:
+        _end(lanes, first)
+        ended.append(first.record.offset)
+        first = next(iter(_begin(lanes)), first)
+    assert ([0, 1, 2], 4) == (ended, _commit(lanes))
+
+
+def test_a_rebalance_closes_the_gaps_before_what_runs() -> None:
+    """That will end, too, unless it only rests until its next try."""
+    lanes = _lanes()
+    first, sixth = _ended_beyond(lanes)
+    lanes.close()
+    assert not lanes.idle
+    _end(lanes, first, sixth)
+    for offset in (1, 2, 4):
+        [work] = _begin(lanes)
+        assert offset == work.record.offset
+        _end(lanes, work)
+    assert (True, 6) == (lanes.idle, _commit(lanes))
+
+
+def test_a_rebalance_closes_gaps_whatever_is_in_flight() -> None:
+    """The share is no limit then: nothing is committed before all of that has ended."""
+    lanes = _lanes(events=2)
+    _add(lanes, "a", "a", "a", "a", "b")
+    lanes.partitions[0].last_ended = 3
+    lanes.close()
+    for offset in range(4):
+        [work] = _begin(lanes)
+        assert offset == work.record.offset
+        _end(lanes, work)
+    assert ([], True, 4) == (_begin(lanes), lanes.idle, _commit(lanes))
+
+
+def test_a_rebalance_begins_nothing_when_nothing_was_begun() -> None:
+    """Everything is the next replica's then, in each partition by itself."""
+    lanes = _lanes(partitions=2)
+    _add(lanes, "a", "a")
+    [running] = _begin(lanes)
+    _add(lanes, "a", "", partition=1)
+    lanes.close()
+    assert ([], False) == (_begin(lanes), lanes.idle)
+    _end(lanes, running)
+    assert ([], True) == (_begin(lanes), lanes.idle)
 
 
 def test_a_rebalance_forgets_what_was_not_begun() -> None:

@@ -32,7 +32,8 @@ QUEUED, FRESH, RUNS, GATHERS, CALLED, TURN, RESTS, RETURNS, OVER = (
     "returns",  # waits for a seat
     "over",
 )
-SEATED = {FRESH, RUNS}
+OPEN, CLOSED, CLEARED = "open", "closed", "cleared"
+BEGUN = (FRESH, RUNS, GATHERS, CALLED, TURN, RESTS, RETURNS)
 KEYS = [None, None, b"a", b"b", b"c"]
 
 
@@ -46,8 +47,9 @@ class One:
     key: bytes | None
     batched: bool
     state: str = QUEUED
-    then: str = ""
     seat: bool = False
+    waits: int = 0
+    passed: bool = False
     begun: bool = False
     committed: bool = False
     work: Work = field(init=False, repr=False)
@@ -55,6 +57,11 @@ class One:
     @property
     def over(self) -> bool:
         return self.state == OVER
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, and was not dropped."""
+        return self.over and self.work.ended
 
     @property
     def size(self) -> int:
@@ -76,7 +83,8 @@ class Several(RuleBasedStateMachine):
         self.old: list[One] = []
         self.batch: list[One] = []
         self.closing = False
-        self.draining = False
+        self.phase = OPEN
+        self.limits: dict[int, float] = {}
         self.unacknowledged: dict[int, int] = {}
         self.lanes_of: dict[tuple[int, bytes], list[One]] = {}
 
@@ -120,19 +128,37 @@ class Several(RuleBasedStateMachine):
     def _may_begin(self) -> list[One]:
         """Return the records that `next` may return now."""
         free = self.concurrency - len(self._seated())
-        eligible = []
+        return [
+            one
+            for one in self.ones
+            if one.state == QUEUED
+            and self._is_first(one)
+            and free > (0 if self._runs_nothing(one.number) else self._reserved())
+            and self._has_share(one)
+        ]
+
+    def _is_first(self, one: One) -> bool:
+        before = one.before
+        one.passed = one.passed or (bool(before) and before[-1] in self.batch)
+        return one.passed or not before
+
+    def _note_who_passed(self) -> None:
+        """Note who may begin beside a batch, before it changes; it will wait there for its turn."""
         for one in self.ones:
-            before = one.before
-            first = not before or (before[-1].state == GATHERS and before[-1] in self.batch)
-            room = free > (0 if self._runs_nothing(one.number) else self._reserved())
-            share = self._begun(one.number) < self.events_share
-            if one.state == QUEUED and first and room and share and not self.draining:
-                eligible.append(one)
-        return eligible
+            if one.state == QUEUED:
+                self._is_first(one)
+
+    def _has_share(self, one: One) -> bool:
+        """Of a full partition only what holds all commits up may begin, and one at a time."""
+        if self.phase != OPEN:
+            return self.phase == CLOSED
+        begun = self._begun(one.number)
+        oldest = next(other for other in self._of(one.number) if not other.over)
+        return begun < self.events_share or (begun == self.events_share and one is oldest)
 
     # What happens
 
-    @precondition(lambda self: not self.draining)
+    @precondition(lambda self: self.phase == OPEN)
     @rule(
         number=st.integers(0, 3),
         records=st.lists(
@@ -154,9 +180,13 @@ class Several(RuleBasedStateMachine):
         engine: Any = None
         self.lanes.add(made, engine)
 
-    @rule()
-    def begin(self) -> None:
-        """A record begins exactly when the model knows one that may."""
+    @rule(times=st.integers(1, 5))
+    def begin(self, times: int) -> None:
+        for _ in range(times):
+            self._begin()
+
+    def _begin(self) -> None:
+        """Check that a record begins exactly when the model knows one that may."""
         eligible = self._may_begin()
         work = self.lanes.next()
         if work is None:
@@ -174,15 +204,15 @@ class Several(RuleBasedStateMachine):
         return [one for one in (*self.old, *self.ones) if one.state in states]
 
     @precondition(lambda self: self._in(FRESH))
-    @rule(at=st.integers(0, 30))
-    def go_on(self, at: int) -> None:
+    @rule(at=st.integers(0, 30), joins=st.booleans())
+    def go_on(self, at: int, *, joins: bool) -> None:
         """A record that begins runs, joins the batch that gathers, or waits for its turn."""
         fresh = self._in(FRESH)
         one = fresh[at % len(fresh)]
-        before, behind = one.before, one.work.behind
-        assert (before[-1].work if before else None) is behind
-        may_join = not before or before[-1] in self.batch
-        if one.batched and may_join and not self.closing and not (self.draining or one in self.old):
+        before = one.before
+        assert (before[-1].work if before else None) is one.work.behind
+        joinable = before[-1] in self.batch if before else not (self.closing and not self.batch)
+        if one.batched and joins and joinable and self._is_here(one):
             self.batch.append(one)
             one.state, one.seat = GATHERS, False
             self.lanes.give_up_seat(one.work)
@@ -194,29 +224,32 @@ class Several(RuleBasedStateMachine):
             one.work.turn = asyncio.Event()
             self.lanes.give_up_seat(one.work)
 
+    def _is_here(self, one: One) -> bool:
+        return self.phase != CLEARED and one not in self.old
+
     @precondition(lambda self: self.batch and not self.closing)
     @rule()
     def close_batch(self) -> None:
         """The first of a batch returns to a seat; then the function is called with all of them."""
         self.closing = True
-        self._return(self.batch[0], CALLED)
+        self.lanes.return_to_seat(self.batch[0].work, partial(self._call, self.batch[0]))
 
-    def _return(self, one: One, then: str) -> None:
-        one.then = then
-        if then != CALLED:
-            one.state = RETURNS
-        self.lanes.return_to_seat(one.work, partial(self._is_seated, one))
-
-    def _is_seated(self, one: One) -> None:
-        assert not one.seat
-        one.seat = True
-        if one.then != CALLED:
-            one.state = one.then
-            return
+    def _call(self, leader: One) -> None:
+        assert leader is self.batch[0]
+        self._note_who_passed()
+        leader.seat = True
         for member in self.batch:
             member.state = CALLED
             member.work.passable = False
         self.batch, self.closing = [], False
+
+    def _return(self, one: One) -> None:
+        one.state, one.waits = RETURNS, one.waits + 1
+        self.lanes.return_to_seat(one.work, partial(self._is_seated, one, one.waits))
+
+    def _is_seated(self, one: One, wait: int) -> None:
+        assert (RETURNS, False, wait) == (one.state, one.seat, one.waits)
+        one.state, one.seat = FRESH, True
 
     @precondition(lambda self: self._in(TURN))
     @rule(at=st.integers(0, 30))
@@ -228,28 +261,32 @@ class Several(RuleBasedStateMachine):
         assert (not one.before) == one.work.turn.is_set()
         if one.work.turn.is_set():
             one.work.turn = None
-            self._return(one, FRESH)
+            self._return(one)
 
     @precondition(lambda self: self._in(RUNS, CALLED))
     @rule(at=st.integers(0, 30))
     def rest(self, at: int) -> None:
         busy = self._in(RUNS, CALLED)
         one = busy[at % len(busy)]
-        one.state, one.seat = RESTS, False
+        one.state, one.seat, one.work.resting = RESTS, False, True
         self.lanes.give_up_seat(one.work)
 
     @precondition(lambda self: self._in(RESTS))
     @rule(at=st.integers(0, 30))
     def wake(self, at: int) -> None:
         resting = self._in(RESTS)
-        self._return(resting[at % len(resting)], FRESH)
+        one = resting[at % len(resting)]
+        one.work.resting = False
+        self._return(one)
 
     @precondition(lambda self: self._in(RETURNS))
     @rule(at=st.integers(0, 30))
     def rest_again(self, at: int) -> None:
         """A wait for a seat is cut off, by a time limit for example, and begins anew later."""
         returning = self._in(RETURNS)
-        returning[at % len(returning)].state = RESTS
+        one = returning[at % len(returning)]
+        one.state, one.work.resting = RESTS, True
+        self.lanes.give_up_seat(one.work)
 
     @precondition(lambda self: self._in(RUNS, CALLED))
     @rule(at=st.integers(0, 30))
@@ -257,21 +294,30 @@ class Several(RuleBasedStateMachine):
         busy = self._in(RUNS, CALLED)
         self._end(busy[at % len(busy)])
 
-    @precondition(lambda self: self.draining and self._in(FRESH, GATHERS, TURN, RESTS, RETURNS))
+    @precondition(lambda self: self.phase == CLEARED and self._in(*BEGUN))
     @rule(at=st.integers(0, 30))
     def drop(self, at: int) -> None:
-        """A rebalance cancels what waits."""
-        waiting = self._in(FRESH, GATHERS, TURN, RESTS, RETURNS)
-        self._end(waiting[at % len(waiting)], well=False)
+        """A rebalance cancels what has not ended in time."""
+        begun = self._in(*BEGUN)
+        self._end(begun[at % len(begun)], well=False)
 
     def _end(self, one: One, *, well: bool = True) -> None:
+        self._note_who_passed()
         one.work.ended = well
         one.state, one.seat = OVER, False
         if one in self.batch:
-            self.batch.remove(one)
+            self._break_up(one)
         self.lanes.end(one.work)
 
-    @precondition(lambda self: not self.draining)
+    def _break_up(self, one: One) -> None:
+        """Without the one that leads it a batch cannot be called: whoever is left tries again."""
+        self.batch.remove(one)
+        if self.closing or not self.batch:
+            for member in self.batch:
+                member.state, member.work.resting = RESTS, True
+                member.work.passable = False
+            self.batch, self.closing = [], False
+
     @rule()
     def commit(self) -> None:
         """Offsets are on their way; more may begin when they are known to be committed."""
@@ -279,7 +325,7 @@ class Several(RuleBasedStateMachine):
             offset = partition.watermark.advance()
             expected = 0
             for one in self._of(number):
-                if not one.over:
+                if not one.ended:
                     break
                 expected = one.offset + 1
             fresh = any(one.offset < expected and not one.committed for one in self._of(number))
@@ -296,29 +342,41 @@ class Several(RuleBasedStateMachine):
                 one.committed = one.committed or one.offset < offset
         self.unacknowledged = {}
 
+    @precondition(lambda self: self.phase == OPEN)
+    @rule()
+    def close(self) -> None:
+        """A rebalance begins: only what is before something that was begun is begun as well."""
+        self.phase = CLOSED
+        for number in self.ends:
+            ones = self._of(number)
+            ended = [one.offset for one in ones if one.ended]
+            busy = [one.offset for one in ones if one.begun and one.state not in (RESTS, OVER)]
+            self.limits[number] = max([-1, *ended, *busy])
+        self.lanes.close()
+        self.ones = [one for one in self.ones if one.offset <= self.limits[one.number] or one.begun]
+        for one in self._in(RESTS):
+            if one in self.ones and one.offset > self.limits[one.number]:
+                self._end(one, well=False)
+
+    @precondition(lambda self: self.phase == CLOSED)
     @rule()
     def clear(self) -> None:
-        """A rebalance begins: what was not begun is another's from now on."""
-        self.draining = True
+        """The time for that is over."""
+        self.phase = CLEARED
         self.lanes.clear()
         self.ones = [one for one in self.ones if one.begun]
-        self.batch, self.closing = [], False
 
-    @precondition(lambda self: self.draining)
+    @precondition(lambda self: self.phase != OPEN and (self.phase == CLEARED or self.lanes.idle))
     @rule(count=st.integers(0, 4))
     def assign(self, count: int) -> None:
         """A rebalance ends, although a handler may have ignored that it was cancelled."""
-        self._drop_waiting()
-        self.old += [one for one in self.ones if not one.over]
-        self.old = [one for one in self.old if not one.over]
-        self.ones, self.unacknowledged = [], {}
+        for one in self._in(GATHERS, TURN, RETURNS):
+            self._end(one, well=False)
+        self.old = self._in(*BEGUN)
+        self.ones, self.unacknowledged, self.batch, self.closing = [], {}, [], False
         self.lanes.assign(())
         self._assign(count)
-        self.draining = not count
-
-    def _drop_waiting(self) -> None:
-        while waiting := self._in(GATHERS, TURN, RETURNS):
-            self._end(waiting[0], well=False)
+        self.phase = OPEN if count else CLEARED
 
     # What always holds
 
@@ -332,8 +390,9 @@ class Several(RuleBasedStateMachine):
         for number, partition in lanes.partitions.items():
             ones = self._of(number)
             assert sum(one.seat for one in ones) == partition.running
-            assert self._begun(number) == partition.begun <= self.events_share
-            if not self.draining:
+            assert self._begun(number) == partition.begun
+            if self.phase == OPEN:
+                assert partition.begun <= self.events_share + 1
                 assert sum(one.size for one in ones if not one.over) == partition.size
                 assert sum(not one.committed for one in ones) == len(partition.watermark)
                 self._check_tails(ones, partition)
@@ -346,7 +405,7 @@ class Several(RuleBasedStateMachine):
 
     @invariant()
     def is_full(self) -> None:
-        if self.draining:
+        if self.phase != OPEN:
             return
         full = [
             number
@@ -376,15 +435,28 @@ class Several(RuleBasedStateMachine):
         quiet = sum(self._runs_nothing(number) for number in self.ends)
         assert free + old >= quiet
 
+    @invariant()
+    def all_that_was_closed_ends(self) -> None:
+        """When nothing is left to do in a rebalance, all that has ended can be committed."""
+        assert self.lanes.idle == (not self.lanes.working and not self.lanes._turns)
+        if self.phase != CLOSED or not self.lanes.idle:
+            return
+        assert [] == [one for one in self.ones if not one.over]
+        for number, partition in self.lanes.partitions.items():
+            ended = [one.offset for one in self._of(number) if one.ended]
+            partition.watermark.advance()
+            assert max(ended, default=-1) + 1 == (partition.watermark._low or 0)
+
     def teardown(self) -> None:
         """When everything ends and is committed, everything has run and nothing is left."""
         if not hasattr(self, "lanes"):
             return
-        if self.draining:
-            self.assign(2)
         for _ in range(10_000):
             if not self._step():
                 break
+        if self.phase != OPEN:
+            self.all_that_was_closed_ends()
+            self.assign(2)
         assert [] == self.old + [one for one in self.ones if not one.over or not one.committed]
         self.holds()
         assert (0, len(self.ends)) == (self.lanes._seated, self.lanes._quiet)
@@ -397,8 +469,9 @@ class Several(RuleBasedStateMachine):
 
     def _step(self) -> bool:
         """Do something that goes on; returns whether anything did."""
+        self.old = [one for one in self.old if not one.over]
         if self._in(FRESH):
-            self.go_on(0)
+            self.go_on(0, joins=True)
         elif self._in(RUNS, CALLED):
             self.end(0)
         elif self._in(RESTS):
@@ -406,20 +479,16 @@ class Several(RuleBasedStateMachine):
         elif ready := [at for at, one in enumerate(self._in(TURN)) if not one.before]:
             self.take_turn(ready[0])
         elif self._may_begin():
-            self.begin()
+            self._begin()
         elif self.batch and not self.closing:
             self.close_batch()
         else:
-            return self._commit_all()
-        self.old = [one for one in self.old if not one.over]
+            self.commit()
+            acknowledged = bool(self.unacknowledged)
+            self.acknowledge()
+            return acknowledged
         return True
-
-    def _commit_all(self) -> bool:
-        self.commit()
-        acknowledged = bool(self.unacknowledged)
-        self.acknowledge()
-        return acknowledged
 
 
 TestSeveral = Several.TestCase
-TestSeveral.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
+TestSeveral.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
