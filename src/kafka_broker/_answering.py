@@ -57,7 +57,7 @@ class _Answers:
         """
         work = current_work()
         request = work.request
-        if request is None or request.answered or work.postponed:
+        if request is None or request.answered or work.postponed or work.too_late:
             return
         if result is None and (request.handed_on or not request.awaited):
             return

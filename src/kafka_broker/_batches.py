@@ -7,6 +7,7 @@ leads: it waits for the others, takes a seat and calls the function; the rest wa
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class Batch:
     def __init__(self, size: int) -> None:
         self._size = size
         self.full = asyncio.Event()
+        self.called = False
         self.members: list[tuple[Work, Any, asyncio.Future[Any]]] = []
 
     def add(self, work: Work, item: Any) -> asyncio.Future[Any]:
@@ -36,6 +38,30 @@ class Batch:
         if len(self.members) >= self._size:
             self.full.set()
         return verdict
+
+    def leave(self, work: Work) -> None:
+        """Let an event go that has ended otherwise, unless it is in the call already."""
+        work.batch = None
+        if not self.called:
+            self.members = [member for member in self.members if member[0] is not work]
+
+    def call(self, leader: Work) -> list[Any]:
+        """Close the batch; returns what the function takes.
+
+        From now on only the time limit of the *leader* counts. What nobody waits for any more is
+        left out.
+        """
+        for work, _, verdict in self.members:
+            request = work.request
+            if request and request.deadline and request.deadline <= work.engine.now():
+                work.too_late = True
+                verdict.set_result(None)
+            elif work is not leader:
+                work.expires = math.inf
+            work.engine.let_nobody_pass(work)
+        self.members = [member for member in self.members if not member[2].done()]
+        self.called = True
+        return [item for _, item, _ in self.members]
 
     def settle(self, results: list[Any]) -> None:
         """Give each event its verdict."""
@@ -103,7 +129,7 @@ class Batches:
                 await self._lead(batch, work)
             return await verdict
         finally:
-            work.batch = None
+            batch.leave(work)
 
     async def _lead(self, batch: Batch, leader: Work) -> None:
         try:
@@ -113,9 +139,9 @@ class Batches:
             await leader.engine.return_to_seat(leader)
             if self._open is batch:
                 self._open = None
-            for work, _, _ in batch.members:
-                work.engine.let_nobody_pass(work)
-            batch.settle(await self._results_of(batch))
+            items = batch.call(leader)
+            if items:
+                batch.settle(await self._results_of(items))
         except asyncio.CancelledError:
             if leader.timed_out:
                 late = HandlerTimeoutError("the function of the batch did not end in time")
@@ -126,8 +152,7 @@ class Batches:
                 self._open = None
             batch.break_up()
 
-    async def _results_of(self, batch: Batch) -> list[Any]:
-        items = [item for _, item, _ in batch.members]
+    async def _results_of(self, items: list[Any]) -> list[Any]:
         try:
             return _results(await self._call(items), len(items))
         except Exception as exc:  # noqa: BLE001  # each event of the batch fails with it

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kafka_broker import _wire
 from kafka_broker._transport import Outgoing
+from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from kafka_broker._delivery import Delivery
     from kafka_broker._outbox import Outbox
     from kafka_broker._transport import Headers, Record, Transport
+
+
+_PATIENCE: Final = 20
+"""Fetches of half a second that may bring nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,13 @@ async def read_dead_letters(transport: Transport, topic: str) -> AsyncGenerator[
         await at_end.close()
         reader = await transport.read(topic, partition, 0)
         try:
+            silent = 0
             while reader.position < end:
                 records = await reader.fetch()
-                if not records:
-                    break  # what was there has been deleted meanwhile
+                silent = 0 if records else silent + 1
+                if silent > _PATIENCE:
+                    where = f"{topic}:{partition}:{reader.position}"
+                    raise BrokerUnavailableError(f"Kafka gives no dead letter from {where} on")
                 for record in records:
                     if record.offset < end:
                         yield _opened(record)

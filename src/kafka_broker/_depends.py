@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, get_type_hints
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 
+from kafka_broker._threads import in_thread
 from kafka_broker.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Dependencies:
         return any(needs.asks_for(wanted) for needs in (self._needs, *(s.needs for s in steps)))
 
     @asynccontextmanager
-    async def solved(self, given: Mapping[type, object]) -> AsyncIterator[dict[str, Any]]:
+    async def solved(
+        self, given: Mapping[type, object], limiter: CapacityLimiter
+    ) -> AsyncIterator[dict[str, Any]]:
         """Solve them in this task, and the plain functions among them in worker threads.
 
         Raises:
@@ -73,7 +76,7 @@ class Dependencies:
         values: dict[Any, Any] = {**given}
         async with AsyncExitStack() as stack:
             for key, dependency in _steps(self._needs, {}).items():
-                values[key] = await dependency.solve(values, stack)
+                values[key] = await dependency.solve(values, stack, limiter)
             yield self._needs.among(values)
 
     @contextmanager
@@ -181,10 +184,12 @@ class _Dependency:
         if self._yields:
             self._call = (asynccontextmanager if self.is_async else contextmanager)(function)
 
-    async def solve(self, values: Mapping[Hashable, Any], stack: AsyncExitStack) -> Any:
+    async def solve(
+        self, values: Mapping[Hashable, Any], stack: AsyncExitStack, limiter: CapacityLimiter
+    ) -> Any:
         call = partial(self._call, **self.needs.among(values))
         if not self._yields:
-            return await (call() if self.is_async else to_thread.run_sync(call))
+            return await (call() if self.is_async else in_thread(call, limiter))
         if self.is_async:
             manager = call()
             value = await manager.__aenter__()
@@ -192,7 +197,7 @@ class _Dependency:
             return value
         threaded = _Threaded(call())
         stack.push_async_exit(threaded.leave)  # first: entering it may be cancelled halfway
-        return await to_thread.run_sync(threaded.enter)
+        return await in_thread(threaded.enter, limiter)
 
     def solve_in_thread(self, values: Mapping[Hashable, Any], stack: ExitStack) -> Any:
         called = self._call(**self.needs.among(values))

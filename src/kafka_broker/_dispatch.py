@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Final
 
 from kafka_broker._delivery import Delivery
@@ -92,6 +93,7 @@ class Dispatcher:
         self._put_off = put_off
         self._keyed = keyed
         self._loop = asyncio.get_running_loop()
+        self._context = copy_context()
         self._lanes = Lanes(
             concurrency,
             max_events=max_events,
@@ -201,7 +203,11 @@ class Dispatcher:
             if not waiter.done():
                 waiter.set_result(None)
                 return
-        worker = self._loop.create_task(self._work(), name=f"kafka_broker {self._topic} worker")
+        worker = self._loop.create_task(
+            self._work(),
+            name=f"kafka_broker {self._topic} worker",
+            context=self._context.copy(),  # not that of the handler that happens to run here
+        )
         self._workers.add(worker)
         worker.add_done_callback(self._worker_ended)
 
@@ -301,7 +307,15 @@ class Dispatcher:
         """Wait for a seat again; those that have waited come before those that are new."""
         seated = asyncio.Event()
         self._lanes.return_to_seat(work, seated.set)
-        await seated.wait()
+        try:
+            await seated.wait()
+        except asyncio.CancelledError:
+            self._lanes.stay_away(work)
+            raise
+
+    def now(self) -> float:
+        """Return the seconds since the epoch, as deadlines count them."""
+        return self._transport.now()
 
     def let_wait(self, work: Work) -> None:
         """Let *work* wait in a batch: it needs no seat, and the next of its lane may join it."""
@@ -331,7 +345,7 @@ class Dispatcher:
             self._sweep_at = work.expires
             if self._sweeper is not None:
                 self._sweeper.cancel()
-            self._sweeper = self._loop.call_at(work.expires, self._sweep)
+            self._sweeper = self._loop.call_at(work.expires, self._sweep, context=self._context)
 
     def _sweep(self) -> None:
         """Cancel the handlers whose time is over; come again for the next."""
@@ -345,7 +359,7 @@ class Dispatcher:
                 work.task.cancel()
             self._sweep_at = min(self._sweep_at, work.expires)
         if self._sweep_at < math.inf:
-            self._sweeper = self._loop.call_at(self._sweep_at, self._sweep)
+            self._sweeper = self._loop.call_at(self._sweep_at, self._sweep, context=self._context)
 
     # Commits
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-import threading
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, NoReturn, get_args, get_origin, get_type_hints
 
-from anyio import CapacityLimiter, to_thread
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic_core import SchemaError, to_json
 
 from kafka_broker._batches import Batches
 from kafka_broker._depends import Dependencies, is_dependency
 from kafka_broker._event import EventObject
 from kafka_broker._middleware import Handle, Middleware, wrapped
+from kafka_broker._threads import in_thread
 from kafka_broker.errors import ConfigurationError, EventDecodeError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from anyio import CapacityLimiter
 
     from kafka_broker._verdicts import RetryPolicy
 
@@ -33,7 +33,6 @@ _EMPTY: Final = inspect.Parameter.empty
 _NAMED: Final = inspect.Parameter.KEYWORD_ONLY
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-_UNLIMITED: Final = CapacityLimiter(math.inf)
 _PROBLEMS: Final = 5
 _RAISED: Final = {"assertion_error", "get_attribute_error", "iteration_error", "mapping_type"}
 _QUOTING: Final = {"import_error", "union_tag_invalid", "uuid_parsing", "value_error", *_RAISED}
@@ -81,12 +80,30 @@ class Payload:
     def _sentence(self, event: EventObject[Any], error: ValidationError) -> str:
         problems = error.errors(include_input=False, include_url=False, include_context=False)
         places = [
-            f"{'.'.join(map(str, problem['loc'])) or 'data'}: {_reason(problem)}"
+            f"{'.'.join(map(self._place, problem['loc'])) or 'data'}: {_reason(problem)}"
             for problem in problems[:_PROBLEMS]
         ]
         if len(problems) > _PROBLEMS:
             places.append(f"and {len(problems) - _PROBLEMS} more")
         return f"the data of event {event.event!r} is no {self._name}: {'; '.join(places)}"
+
+    def _place(self, part: int | str) -> str:
+        """Return a step to a wrong value; a key of a mapping is data, and is not quoted."""
+        return str(part) if isinstance(part, int) or part in self._fields else "*"
+
+    @cached_property
+    def _fields(self) -> frozenset[str]:
+        """The names of all fields that the type has, at any depth."""
+        try:
+            schema = self._adapter.json_schema()
+        except (PydanticUserError, PydanticInvalidForJsonSchema):
+            return frozenset()
+        parts = [schema, *schema.get("$defs", {}).values()]
+        found: set[str] = set()
+        for part in parts:  # grows as it is read
+            found |= part.get("properties", {}).keys()
+            parts += [one for one in _nested(part) if isinstance(one, dict)]
+        return frozenset(found)
 
     def event_of(self, event: EventObject[Any]) -> EventObject[Any]:
         """Return *event* with its data as the type; everything else is shared with it."""
@@ -173,7 +190,7 @@ class Handler:
         self._given = {
             parameter.name: wanted
             for parameter in parameters
-            if (wanted := _plain(parameter.annotation)) in INJECTED
+            if (wanted := _injected(parameter)) is not None
         }
         parameters = [one for one in parameters if one.name not in self._given]
         depending = [one for one in parameters if is_dependency(one)]
@@ -358,7 +375,7 @@ class Handler:
                     return self.function(**named, **solved)
 
             return await in_thread(call, scope.limiter)
-        async with dependencies.solved(given) as solved:
+        async with dependencies.solved(given, scope.limiter) as solved:
             return await self._run({**named, **solved}, scope)
 
     async def _run(self, named: dict[str, Any], scope: Scope) -> Any:
@@ -377,32 +394,15 @@ class Handler:
             raise ConfigurationError(msg) from None
 
 
-async def in_thread(call: Callable[[], Any], limiter: CapacityLimiter) -> Any:
-    """Run *call* in a worker thread; one that is left alone by a cancellation still counts.
-
-    Raises:
-        Exception: whatever *call* raises.
-    """
-    seat, claim = object(), threading.Lock()
-    await limiter.acquire_on_behalf_of(seat)
-    loop = asyncio.get_running_loop()
-
-    def run() -> Any:
-        if not claim.acquire(blocking=False):
-            return None  # cancelled before it began
-        try:
-            return call()
-        finally:
-            with suppress(RuntimeError):  # the loop may be closed by now
-                loop.call_soon_threadsafe(limiter.release_on_behalf_of, seat)
-
-    try:
-        result = await to_thread.run_sync(run, limiter=_UNLIMITED, abandon_on_cancel=True)
-    finally:
-        if claim.acquire(blocking=False):  # it did not begin, and will not
-            limiter.release_on_behalf_of(seat)
-    # A plain function around an async one gives a coroutine, which nobody else would await.
-    return await result if inspect.iscoroutine(result) else result
+def _nested(schema: dict[str, Any]) -> list[Any]:
+    """Return the schemas that are directly in one."""
+    lists = [schema.get(name, []) for name in ("anyOf", "oneOf", "allOf", "prefixItems")]
+    single = [schema.get(name) for name in ("items", "additionalProperties")]
+    return [
+        *schema.get("properties", {}).values(),
+        *single,
+        *(one for many in lists for one in many),
+    ]
 
 
 def _reason(problem: Mapping[str, Any]) -> str:
@@ -459,6 +459,12 @@ def _function_name(function: Any) -> str:
 def _type_name(wanted: Any) -> str:
     wanted = _plain(wanted)
     return wanted.__name__ if isinstance(wanted, type) else str(wanted)
+
+
+def _injected(parameter: inspect.Parameter) -> type | None:
+    """Return the type that a parameter asks the broker for, if it does."""
+    wanted = _plain(parameter.annotation)
+    return next((one for one in INJECTED if one is wanted), None)
 
 
 def _plain(annotation: Any) -> Any:

@@ -21,7 +21,7 @@ from kafka_broker._middleware import (
 )
 from kafka_broker._outbox import Transfer
 from kafka_broker._transport import Outgoing
-from kafka_broker.errors import EventDecodeError, NoHandlerError
+from kafka_broker.errors import ConfigurationError, EventDecodeError, NoHandlerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +40,9 @@ _logger = logging.getLogger("kafka_broker.handling")
 
 class Handling:
     """Decodes, routes, answers. Every way a record can end goes through one call of this.
+
+    Raises:
+        ConfigurationError: middleware of the user raises when it is put around a handler.
 
     Args:
         middleware: what users put around every handler.
@@ -71,6 +74,8 @@ class Handling:
         self._ending = ending
         self._group = settings.group_id.encode()
         self._handles: dict[Handler | None, Handle] = {}
+        for handler in router.handlers() if router is not None else ():
+            self._compile(handler)
 
     async def __call__(self, work: Work) -> None:
         """Handle a record; its offset may be committed when the endings of *work* are done."""
@@ -94,8 +99,13 @@ class Handling:
             handler = self._router.match(event.event)
             if work.behind is not None and (handler is None or handler.terms.batch is None):
                 await work.engine.wait_for_turn(work)
-            handle = self._handles.get(handler) or self._compile(handler)
-            await handle(event)
+            try:
+                handle = self._handles.get(handler) or self._compile(handler)
+            except ConfigurationError as exc:  # it was bound after the start
+                _logger.exception("event %r (%s) cannot be handled", event.event, work.where)
+                self._bury(work, exc)
+            else:
+                await handle(event)
 
     def put_off(self, work: Work) -> None:
         """Leave an event that waits for its next try to the next replica."""
@@ -107,15 +117,24 @@ class Handling:
         group = self._settings.group_id
         headers = _wire.postponed_headers(record, group, work.attempt + 1, due)
         later = Outgoing(record.key, record.value, headers)
-        work.endings.append(Transfer(self._outbox, self._settings.retry_topic, later))
+        stump = self._stump(work, TooLargeError())
+        topic = self._settings.retry_topic
+        work.endings.append(Transfer(self._outbox, topic, later, if_too_large=stump))
 
     def _bury(self, work: Work, error: Exception) -> None:
         """Put a record into the dead-letter topic as it came, with its origin and the error."""
         record, group = work.record, self._settings.group_id
         headers = _wire.dead_letter_headers(record, group, work.attempt, error)
         letter = Outgoing(record.key, record.value, headers)
-        work.endings.append(Transfer(self._outbox, self._settings.dead_letter_topic, letter))
+        stump, topic = self._stump(work, error), self._settings.dead_letter_topic
+        work.endings.append(Transfer(self._outbox, topic, letter, if_too_large=stump))
         self._metrics.count("events_dead_lettered")
+
+    def _stump(self, work: Work, error: Exception) -> tuple[str, Outgoing]:
+        """Return a dead letter that says where the value still is, for want of room for it."""
+        settings = self._settings
+        headers = _wire.stump_headers(work.record, settings.group_id, work.attempt, error)
+        return settings.dead_letter_topic, Outgoing(work.record.key, None, headers)
 
     def _is_reply(self, event: EventObject[Any]) -> bool:
         """Return whether a peer without reply headers, a kafka-broker 0.4, answers to our topic."""
@@ -151,13 +170,26 @@ class Handling:
                 guarding(handler.terms.timeout or settings.handler_timeout, self._ending),
                 *self._middleware,
             ]
-            handle = wrapped(handler.handle(self._scope), around)
+            handle = self._wrapped(handler, around)
         self._handles[handler] = handle
         return handle
+
+    def _wrapped(self, handler: Handler, around: Sequence[Middleware]) -> Handle:
+        try:
+            return wrapped(handler.handle(self._scope), around)
+        except Exception as exc:
+            raise ConfigurationError(
+                f"middleware around handler {handler.name} raised {type(exc).__name__} as it was "
+                "put there"
+            ) from exc
 
 
 async def _refuse(event: EventObject[Any]) -> Any:
     raise NoHandlerError(event.event, event.correlation_id)
+
+
+class TooLargeError(Exception):
+    """With the headers that it needs to come back an event is larger than Kafka takes."""
 
 
 class Postponed:

@@ -39,6 +39,7 @@ class Work:
         expires: the time of the loop at which its handler has had its time.
         timed_out: whether that time has come.
         postponed: whether it goes through the retry topic, so that its reply comes later.
+        too_late: whether its deadline passed while it waited in a batch.
         seated: whether it holds a seat.
         task: the worker that handles it.
         follower: the next of its lane, which waits for its end.
@@ -58,6 +59,7 @@ class Work:
     expires: float = math.inf
     timed_out: bool = False
     postponed: bool = False
+    too_late: bool = False
     seated: bool = False
     task: asyncio.Task[None] | None = None
     follower: Work | None = None
@@ -152,7 +154,7 @@ class Lanes:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._turns: deque[Partition] = deque()
-        self._returning: deque[tuple[Work, Callable[[], None]]] = deque()
+        self._returning: dict[Work, Callable[[], None]] = {}
         self._quiet = 0
         self._seated = 0
         self.working: set[Work] = set()
@@ -260,15 +262,23 @@ class Lanes:
 
     def return_to_seat(self, work: Work, seated: Callable[[], None]) -> None:
         """Seat a record that has waited, before any new one; *seated* is called when it is."""
-        self._returning.append((work, seated))
+        if work.seated:
+            seated()
+            return
+        self._returning[work] = seated
         self._seat_returning()
 
+    def stay_away(self, work: Work) -> None:
+        """Take back a `return_to_seat` whose wait was cut off."""
+        self._returning.pop(work, None)
+
     def _seat_returning(self) -> None:
-        while self._returning and self._seated < self._concurrency:
-            work, seated = self._returning.popleft()
-            if work in self.working and not work.seated:
+        for work in list(self._returning):
+            if self._seated >= self._concurrency:
+                return
+            if self._may_seat(work.partition):
                 self._seat(work)
-                seated()
+                self._returning.pop(work)()
 
     def let_pass(self, work: Work) -> None:
         """Let the next of the lane run beside this one: it may join the batch that this is in."""
@@ -284,6 +294,7 @@ class Lanes:
     def end(self, work: Work) -> None:
         """Take note that a record's handling is over, or was dropped; the next of its lane may."""
         self.working.discard(work)
+        self._returning.pop(work, None)
         self.give_up_seat(work)
         work.passable = False
         partition = work.partition

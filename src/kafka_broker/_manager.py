@@ -259,6 +259,7 @@ class BrokerManager:
             TypeError: the data has no form in JSON.
         """
         seconds = self._seconds(timeout)
+        payload = None if response is None else _payload_of(response)
         asked: EventObject[Any] = EventObject(event=event, data=data)
         storage, outbox = self.consumer_storage, self._open_outbox()
         slot = storage.expect(asked.correlation_id, seconds, replies_only=True)
@@ -275,9 +276,9 @@ class BrokerManager:
             if unsent is not None and isinstance(exc, ReplyTimeoutError):
                 raise unsent from exc
             raise
-        if response is None:
+        if payload is None:
             return reply
-        return _payload(response).event_of(reply)  # type: ignore[arg-type]  # types are hashable
+        return payload.event_of(reply)
 
     def _seconds(self, timeout: float | Default) -> float:
         seconds = self.settings.reply_timeout if isinstance(timeout, Default) else timeout
@@ -336,10 +337,11 @@ class BrokerManager:
         if run is not None and not run.over:
             if run.loop is not asyncio.get_running_loop():
                 raise ConfigurationError(self._elsewhere())
-            if not run.stopping:
+            if not run.stopping and not run.handling_over:
                 if handling:
                     run.begin_handling()
                 return _Started(run)
+            run.request_stop()  # it may be that of an application that ends
         run = self._begin(run)
         if handling:
             run.begin_handling()
@@ -503,8 +505,20 @@ class _Started:
 def _hold_back(delivery: Delivery) -> None:
     """Let the event that is handled here wait with its commit until *delivery* has ended."""
     work = handled_now.get()
-    if work is not None and not work.ended:
-        work.endings.append(delivery)
+    if work is None:
+        return
+    members = [one for one, _, _ in work.batch.members] if work.batch else [work]
+    for one in members:
+        if not one.ended:
+            one.endings.append(delivery)
+
+
+def _payload_of(response: Any) -> Payload:
+    try:
+        hash(response)
+    except TypeError:  # Annotated with a dict, for example
+        return Payload(response)
+    return _payload(response)
 
 
 @lru_cache(maxsize=512)

@@ -23,6 +23,7 @@ from kafka_broker._isolation import absorb_cancellations, handled_now
 from kafka_broker._metrics import Metrics
 from kafka_broker._verdicts import (
     HandlerCancelledError,
+    HandlerDiedError,
     HandlerTimeoutError,
     Reject,
     RetryLater,
@@ -141,7 +142,7 @@ def observing(now: Callable[[], float], metrics: Metrics) -> Middleware:
                     report(event, exc, metrics)
                 tell(began, name, exc)
                 raise
-            metrics.count("events_handled")
+            metrics.count("events_expired" if current_work().too_late else "events_handled")
             tell(began, name, None)
             return result
 
@@ -252,9 +253,12 @@ def guarding(timeout: float, ending: Callable[[], bool]) -> Middleware:
                     text = f"the handler did not end within {timeout:g} s"
                     raise HandlerTimeoutError(text) from exc
                 raise HandlerCancelledError from exc
-            except Exception:
+            except (Exception, KeyboardInterrupt, GeneratorExit):
                 await _settle(work, ending)
                 raise
+            except BaseException as exc:  # of a library in another language, or sys.exit()
+                await _settle(work, ending)
+                raise HandlerDiedError(type(exc).__name__) from exc
             work.expires = math.inf
             if work.timed_out or (work.task is not None and work.task.cancelling()):
                 await _settle(work, ending)

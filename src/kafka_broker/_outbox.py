@@ -502,13 +502,20 @@ class Transfer:
     """A record on its way to a topic of ours; done once it is there, however often it fails.
 
     Until then the offset that it comes from is not committed, so it is not lost when the broker
-    stops before.
+    stops before. With our headers it may be too large for Kafka; *if_too_large* goes instead.
     """
 
     def __init__(
-        self, outbox: Outbox, topic: str, record: Outgoing, *, partition: int | None = None
+        self,
+        outbox: Outbox,
+        topic: str,
+        record: Outgoing,
+        *,
+        partition: int | None = None,
+        if_too_large: tuple[str, Outgoing] | None = None,
     ) -> None:
         self._outbox = outbox
+        self._if_too_large = if_too_large
         self._topic = topic
         self._record = record
         self._partition = partition
@@ -525,6 +532,12 @@ class Transfer:
         )
 
     def _try_again(self, error: DeliveryError) -> bool:
+        if error.too_large and self._if_too_large is not None:
+            (self._topic, self._record), self._if_too_large = self._if_too_large, None
+            self._partition = None
+            _logger.error("an event goes to %s without its value: %s", self._topic, error)
+            self._put_again()
+            return True
         _logger.error("an event waits for its way out and holds back commits: %s", error)
         if not error.retriable:
             self._partition = None  # the topic may have fewer partitions than it had

@@ -152,6 +152,10 @@ class EventRouter:
         else:
             self._exact[pattern] = handler
 
+    def handlers(self) -> list[Handler]:
+        """Return everything that is bound here and below."""
+        return [*self._exact.values(), *self._patterns.values()]
+
     def match(self, event: str) -> Handler | None:
         """Return the handler of the event of this name, or None."""
         handler = self._exact.get(event)

@@ -102,6 +102,7 @@ class Run:
         self._replies: list[asyncio.Task[None]] = []
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._watched: set[asyncio.Future[Any]] = set()
+        self._drained: asyncio.Future[list[None]] | None = None
         self._task = self.loop.create_task(
             self._supervise(), name=f"kafka_broker {settings.module}"
         )
@@ -175,13 +176,17 @@ class Run:
                 self._ready = True
                 self.started.set_result(None)
                 await self._watch()
-        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001  # kept for whoever waits
+        except BaseException as exc:  # noqa: BLE001  # kept for whoever waits
             self._note(exc)
         await self._shut_down()
 
     def _note(self, error: BaseException) -> None:
         """Keep what ended this run for those who wait; what nobody will see is logged."""
-        self.failure = error if isinstance(error, Exception) else None
+        if isinstance(error, Exception):
+            self.failure = error
+        elif not isinstance(error, asyncio.CancelledError):
+            self.failure = BrokerError(f"the broker was ended by {error!r}")
+            self.failure.__cause__ = error
         if self.started.done():
             if self.failure is not None:
                 _logger.critical("the broker stops because one of its tasks died", exc_info=error)
@@ -327,17 +332,20 @@ class Run:
             _logger.info("%s has stopped", settings.module)
 
     async def _stop_handling(self) -> None:
-        """Let what is handled end, and commit it; both topics at a time."""
-        reading, self._reading = self._reading, {}
+        """Let what is handled end, and commit it; both topics at a time, however often asked."""
         self._watched = {*self._replies}
-        stops = {
-            self.loop.create_task(self._dispatchers[name].stop(task))
-            for name, task in reading.items()
-        }
-        if stops:
-            await asyncio.wait(stops)
-        for stop in stops:
-            stop.result()
+        if not self._reading:
+            return
+        if self._drained is None or self._drained.cancelled():
+            stops = (self._dispatchers[name].stop(task) for name, task in self._reading.items())
+            self._drained = asyncio.gather(*stops)
+        await asyncio.wait({self._drained})
+        self._drained.result()
+
+    @property
+    def handling_over(self) -> bool:
+        """Whether it handles no events any more, although it may still send and ask."""
+        return self._drained is not None
 
 
 def _nothing() -> None:

@@ -75,6 +75,10 @@ class HandlerCancelledError(Exception):
     """A handler ended in a CancelledError, although nobody wanted it to end."""
 
 
+class HandlerDiedError(Exception):
+    """A handler raised something that is no Exception, which would have ended the broker."""
+
+
 class RetryPolicy(BaseModel):
     """When a handler that raised is tried again in place, only its own key waiting.
 

@@ -35,6 +35,7 @@ FAILURE = "kb-error"
 ATTEMPT = "kb-attempt"
 DUE = "kb-due"
 GROUP = "kb-group"
+TOO_LARGE = "kb-too-large"
 
 _OURS = frozenset({ORIGIN, FAILURE, ATTEMPT, DUE, GROUP})
 _MAX_PARTITION = 1_000_000
@@ -129,6 +130,12 @@ def dead_letter_headers(record: Record, group: str, attempt: int, error: BaseExc
     """Return a record's own headers and after them where it came from and why it is dead."""
     failure = (FAILURE, type(error).__name__.encode())
     return (*_going_back(record, group, attempt), failure)
+
+
+def stump_headers(record: Record, group: str, attempt: int, error: BaseException) -> Headers:
+    """Return the headers of a dead letter without value: ours alone, and that one is missing."""
+    ours = (origin_of(record), (GROUP, group.encode()), _attempt(attempt))
+    return (*ours, (FAILURE, type(error).__name__.encode()), (TOO_LARGE, b"1"))
 
 
 def postponed_headers(record: Record, group: str, attempt: int, due: float) -> Headers:

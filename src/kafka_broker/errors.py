@@ -59,14 +59,18 @@ class DeliveryError(BrokerError):
     Attributes:
         topic: where it should have gone.
         retriable: whether producing it again can succeed without a change elsewhere.
+        too_large: whether it is larger than Kafka or the topic takes.
     """
 
     _claim = "not delivered to"
 
-    def __init__(self, topic: str, reason: str, *, retriable: bool = False) -> None:
+    def __init__(
+        self, topic: str, reason: str, *, retriable: bool = False, too_large: bool = False
+    ) -> None:
         super().__init__(f"{self._claim} topic {topic!r}: {reason}")
         self.topic = topic
         self.retriable = retriable
+        self.too_large = too_large
 
 
 class DeliveryUnknownError(DeliveryError):

@@ -54,10 +54,10 @@ _LOCKED_OUT: Final = (
     kafka.SaslAuthenticationFailed,
     kafka.UnsupportedSaslMechanismError,
 )
+_TOO_LARGE: Final = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
 REFUSED: Final = (
     *_FORBIDDEN,
-    kafka.MessageSizeTooLargeError,
-    kafka.RecordListTooLargeError,
+    *_TOO_LARGE,
     kafka.InvalidTopicError,
     kafka.InvalidTimestampError,
     kafka.UnsupportedForMessageFormatError,
@@ -99,7 +99,7 @@ def unavailable(action: str, error: BaseException, hint: str = "") -> BrokerUnav
 def undelivered(topic: str, error: BaseException) -> DeliveryError:
     """Return what a failed append means to the producer: refused, not yet, or unknown."""
     if isinstance(error, REFUSED):
-        return DeliveryError(topic, describe(error))
+        return DeliveryError(topic, describe(error), too_large=isinstance(error, _TOO_LARGE))
     if isinstance(error, _NOT_YET):
         return DeliveryError(topic, describe(error), retriable=True)
     return DeliveryUnknownError(topic, describe(error))
