@@ -28,7 +28,7 @@ class DeadLetter:
     Attributes:
         partition, offset: where it is in the dead-letter topic.
         timestamp: when it was put there, in seconds since the epoch.
-        origin: where it was first read, as ``topic:partition:offset``.
+        origin: where it was first read, as ``topic:partition:offset``; empty if it does not say.
         error: the class name of the error, for example ``"ValueError"``.
         attempt: the number of the try that failed last.
         key, value, headers: of the record; behind its own headers are those with ``kb-``.
@@ -46,12 +46,13 @@ class DeadLetter:
 
 
 def _opened(record: Record) -> DeadLetter:
-    error = _wire.named(record.headers).get(_wire.FAILURE) or b""
+    headers = _wire.named(record.headers)
+    error, origin = headers.get(_wire.FAILURE) or b"", headers.get(_wire.ORIGIN) or b""
     return DeadLetter(
         partition=record.partition,
         offset=record.offset,
         timestamp=record.timestamp / 1000,
-        origin=_wire.origin_of(record)[1].decode("utf-8", "replace"),
+        origin=origin.decode("utf-8", "replace"),
         error=error.decode("utf-8", "replace"),
         attempt=_wire.standing_of(record)[0],
         key=record.key,
@@ -89,7 +90,7 @@ async def read_dead_letters(transport: Transport, topic: str) -> AsyncGenerator[
 def replay(letter: DeadLetter, outbox: Outbox, module: str) -> Delivery:
     """Produce *letter* again to where it came from; raises as `Outbox.put`."""
     place = _wire.place_of_origin(letter.origin)
-    topic, partition = (place[0], place[1]) if place else (module, None)
+    partition = place[1] if place and place[0] == module else None
     headers = _wire.replayed_headers(letter.headers, letter.attempt + 1)
     record = Outgoing(letter.key, letter.value, headers)
-    return outbox.put(topic, record, keyed=letter.key is not None, partition=partition)
+    return outbox.put(module, record, keyed=letter.key is not None, partition=partition)

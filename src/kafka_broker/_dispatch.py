@@ -328,7 +328,8 @@ class Dispatcher:
         work.passable = False
 
     async def wait_for_turn(self, work: Work) -> None:
-        """Wait without a seat until those before *work* in its lane have ended."""
+        """Wait without a seat, and without spending its time, for those before it in its lane."""
+        left, work.expires = work.expires - self._loop.time(), math.inf
         work.turn = asyncio.Event()
         self._lanes.give_up_seat(work)
         self._wake()
@@ -337,6 +338,8 @@ class Dispatcher:
         finally:
             work.turn = None
         await self.return_to_seat(work)
+        if left < math.inf:
+            self.expect_end(work, left)
 
     def expect_end(self, work: Work, timeout: float) -> None:
         """Cancel the handler of *work* if it still runs *timeout* seconds from now."""
@@ -447,9 +450,10 @@ class Dispatcher:
             await asyncio.wait({task}, timeout=_LAST_WORDS)
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             _logger.error("%s: reading failed as it was stopped", self._topic, exc_info=error)
-        with suppress(TimeoutError):  # a rebalance that has begun has deadlines of its own
-            async with asyncio.timeout(timeout):
-                await self._ours.wait()
+        if self._subscription is not None:
+            with suppress(TimeoutError):  # a rebalance that has begun has deadlines of its own
+                async with asyncio.timeout(timeout):
+                    await self._ours.wait()
         await self._leave(timeout, timeout, timeout)
         self._closed = True
         for worker in self._workers:

@@ -314,7 +314,9 @@ class BrokerManager:
             OutboxFullError: too much is waiting; nothing was taken.
             BrokerClosedError: the broker was stopped.
         """
-        return replay(letter, self._open_outbox(), self.settings.module)
+        delivery = replay(letter, self._open_outbox(), self.settings.module)
+        _hold_back(delivery)
+        return delivery
 
     def init_consumer(self) -> Awaitable[None]:
         """Start in the running loop; the result can be awaited until the broker is ready.

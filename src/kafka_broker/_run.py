@@ -150,7 +150,7 @@ class Run:
             concurrency=1 if stored else settings.concurrency,
             # what is stored is bounded by the storage, whichever partitions it comes from
             max_events=(
-                settings.storage_events * settings.module_partitions
+                (settings.storage_events + settings.in_flight_events) * settings.module_partitions
                 if stored
                 else settings.in_flight_events
             ),

@@ -85,8 +85,10 @@ def given() -> dict[type, object]:
     return {EventObject: EventObject(event="card.charge"), BrokerManager: BrokerManager()}
 
 
-async def solved(dependencies: Dependencies) -> dict[str, Any]:
-    async with dependencies.solved(given()) as values:
+async def solved(
+    dependencies: Dependencies, limiter: anyio.CapacityLimiter | None = None
+) -> dict[str, Any]:
+    async with dependencies.solved(given(), limiter or anyio.CapacityLimiter(40)) as values:
         return values
 
 
@@ -188,7 +190,7 @@ async def test_fastapis_alias_of_the_broker_is_the_broker() -> None:
         return it
 
     values = given()
-    async with one(broker).solved(values) as arguments:
+    async with one(broker).solved(values, anyio.CapacityLimiter(40)) as arguments:
         assert {"it": values[BrokerManager]} == arguments
 
 
@@ -229,7 +231,7 @@ async def test_a_dependency_is_given_event_and_broker_by_annotation() -> None:
 
     values = given()
     event, broker = values[EventObject], values[BrokerManager]
-    async with one(outer).solved(values) as arguments:
+    async with one(outer).solved(values, anyio.CapacityLimiter(40)) as arguments:
         assert {"it": (broker, (event, 3, (), {}), event)} == arguments
 
 
@@ -321,7 +323,7 @@ async def test_context_variables_reach_the_handler() -> None:
         yield
         TENANT.reset(token)
 
-    async with one(tenant).solved(given()):
+    async with one(tenant).solved(given(), anyio.CapacityLimiter(40)):
         assert "acme" == TENANT.get()
     assert "nobody" == TENANT.get()
     assert ["plain"] == log
@@ -398,7 +400,7 @@ def test_whether_the_event_loop_is_needed() -> None:
 @pytest.mark.parametrize("dependency", [session, plain_session])
 async def test_it_is_open_while_the_handler_runs(dependency: Any) -> None:
     """It is closed once, afterwards."""
-    async with one(dependency).solved(given()):
+    async with one(dependency).solved(given(), anyio.CapacityLimiter(40)):
         assert ["open"] == log
     assert ["open", "close"] == log
 
@@ -408,7 +410,7 @@ async def test_a_failed_handler_rolls_back(dependency: Any) -> None:
     """What the handler raised is raised in the dependency, and goes on as it is."""
     boom = Boom()
     with pytest.raises(Boom) as raised:
-        async with one(dependency).solved(given()):
+        async with one(dependency).solved(given(), anyio.CapacityLimiter(40)):
             raise boom
     assert boom is raised.value
     assert ["open", "Boom", "close"] == log
@@ -420,7 +422,7 @@ async def test_a_cancelled_handler_rolls_back(dependency: Any) -> None:
     reached = asyncio.Event()
 
     async def handle() -> None:
-        async with one(dependency).solved(given()):
+        async with one(dependency).solved(given(), anyio.CapacityLimiter(40)):
             reached.set()
             await asyncio.Event().wait()
 
@@ -438,7 +440,7 @@ async def test_a_cancelled_handler_rolls_back(dependency: Any) -> None:
 async def test_a_cancel_scope_rolls_back(dependency: Any) -> None:
     """The same with a scope of anyio, which cancels every wait in it again."""
     with anyio.CancelScope() as scope:
-        async with one(dependency).solved(given()):
+        async with one(dependency).solved(given(), anyio.CapacityLimiter(40)):
             scope.cancel()
             await anyio.sleep_forever()
     assert ["open", "CancelledError", "close"] == log
@@ -494,16 +496,12 @@ async def test_a_cancel_before_a_plain_dependency_opens() -> None:
 
     def handler(a: str = Depends(session), b: str = Depends(plain_session)) -> None: ...
 
-    limiter = to_thread.current_default_thread_limiter()
-    tokens = limiter.total_tokens
-    limiter.total_tokens = 0
-    try:
-        task = asyncio.create_task(solved(compiled(handler)))
+    limiter = anyio.CapacityLimiter(1)
+    async with limiter:
+        task = asyncio.create_task(solved(compiled(handler), limiter))
         while limiter.statistics().tasks_waiting == 0:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0)
         await cancelled(task)
-    finally:
-        limiter.total_tokens = tokens
     assert ["open", "CancelledError", "close"] == log
 
 
@@ -512,7 +510,7 @@ async def test_a_teardown_needs_no_common_thread() -> None:
     limiter = to_thread.current_default_thread_limiter()
     tokens = limiter.total_tokens
     try:
-        async with one(plain_session).solved(given()):
+        async with one(plain_session).solved(given(), anyio.CapacityLimiter(40)):
             limiter.total_tokens = 0
     finally:
         limiter.total_tokens = tokens
@@ -535,7 +533,7 @@ async def test_a_dependency_cannot_hide_a_failure() -> None:
             log.append("hidden, too")
 
     with pytest.raises(Boom):
-        async with one(hiding_too).solved(given()):
+        async with one(hiding_too).solved(given(), anyio.CapacityLimiter(40)):
             raise Boom
     assert ["open", "hidden, too", "hidden", "Boom", "close"] == log
 
@@ -559,7 +557,7 @@ async def test_a_failure_in_a_dependency_closes_those_before() -> None:
         raise Boom
 
     with pytest.raises(Boom):
-        async with one(failing).solved(given()):
+        async with one(failing).solved(given(), anyio.CapacityLimiter(40)):
             log.append("handler")
     assert ["open", "Boom", "close"] == log
 

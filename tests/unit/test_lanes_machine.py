@@ -286,7 +286,7 @@ class Several(RuleBasedStateMachine):
         returning = self._in(RETURNS)
         one = returning[at % len(returning)]
         one.state, one.work.resting = RESTS, True
-        self.lanes.give_up_seat(one.work)
+        self.lanes.stay_away(one.work)
 
     @precondition(lambda self: self._in(RUNS, CALLED))
     @rule(at=st.integers(0, 30))
