@@ -179,7 +179,7 @@ class Handler:
     ) -> None:
         self.function = function
         self.terms = terms
-        self.middleware = tuple(middleware)
+        self.middleware: tuple[Middleware, ...] = tuple(middleware)
         self.name: str = _function_name(function)
         if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
             self._refuse("is a generator; return the reply instead")
