@@ -409,7 +409,10 @@ class Dispatcher:
         if partitions:
             _logger.info("%s: handles partitions %s", self._topic, sorted(partitions))
         else:
-            _logger.warning(
+            # expected of the retry topic, which has one
+            level = logging.WARNING if self._keyed else logging.INFO
+            _logger.log(
+                level,
                 "%s: no partition is left for this replica, which stands by: there are more "
                 "replicas than partitions",
                 self._topic,
