@@ -53,6 +53,8 @@ class Payload:
                 self._adapter.rebuild(raise_errors=True)
         except (PydanticUserError, PydanticUndefinedAnnotation, SchemaError) as exc:
             raise TypeError(str(exc)) from exc
+        except KeyError as exc:  # pydantic takes a dict for a schema of its core
+            raise TypeError(f"{_type_name(wanted)} is no type") from exc
         self._name = _type_name(wanted)
 
     def of(self, event: EventObject[Any]) -> Any:

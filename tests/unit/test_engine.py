@@ -18,6 +18,7 @@ from tests.unit.test_dispatch import turns
 from kafka_broker import BrokerManager, EventObject, EventRouter, RetryPolicy
 from kafka_broker._lanes import Lanes
 from kafka_broker._transport import TopicSpec
+from kafka_broker._transport.memory_consumer import MemorySubscription
 from kafka_broker.errors import BrokerClosedError, BrokerUnavailableError
 from kafka_broker.testing import MemoryCluster
 
@@ -282,6 +283,28 @@ async def test_only_the_full_partition_is_read_no_further(limit: dict[str, int])
 
 
 @virtual
+async def test_nothing_is_fetched_while_everything_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading waits for room instead of asking again and again, and goes on when there is some."""
+    works, fetches = Works(in_flight_events=2, commit_interval=60), list[float]()
+    fetch = MemorySubscription.fetch
+
+    async def counting(self: MemorySubscription, *of: Any, **more: Any) -> Any:
+        if self.topic == "Works":
+            fetches.append(_now())
+        return await fetch(self, *of, **more)
+
+    async with serves(works):
+        for number in range(40):
+            works.put(number, event="wait")
+        await until(lambda: len(works.begun) == 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(MemorySubscription, "fetch", counting)
+            began = _now()
+            await asyncio.sleep(30)
+        assert [] == [at for at in fetches if at > began + 1]
+
+
+@virtual
 @pytest.mark.parametrize("events", [1, 3, 10])
 async def test_no_more_are_begun_than_may_be_uncommitted(events: int) -> None:
     """After a crash at most so many are handled again, however fast handlers are."""
@@ -364,7 +387,9 @@ async def test_a_worker_that_is_cancelled_is_replaced(when: str) -> None:
         assert victim is not None
         if when == "it is woken":
             works.put("second")
-            await until(lambda: bool(_engine(broker)._waking or "second" in works.handled))
+            async with asyncio.timeout(5):
+                while not _engine(broker)._waking:  # noqa: ASYNC110  # for one turn only
+                    await asyncio.sleep(0)
         victim.cancel()
         works.put("third")
         await until(lambda: "third" in works.handled)

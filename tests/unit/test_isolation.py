@@ -48,9 +48,7 @@ def _exits_in_a_thread() -> None:
     raise SystemExit(3)
 
 
-@pytest.mark.parametrize(
-    "handler", [_panics, _exits, _panics_in_a_thread, _exits_in_a_thread]
-)
+@pytest.mark.parametrize("handler", [_panics, _exits, _panics_in_a_thread, _exits_in_a_thread])
 async def test_a_handler_that_raises_no_exception_has_failed(handler: Callable[[], Any]) -> None:
     """The one who asked is told, what nobody awaits is buried, and the next event is handled."""
     bank = Bank(retry=SHORT)
@@ -138,7 +136,7 @@ async def test_a_variable_of_an_event_between_its_tries_is_seen_by_no_other(sets
 @virtual
 async def test_a_variable_of_an_event_in_a_batch_is_seen_by_no_other() -> None:
     """Its seat goes to others while it waits for the batch to fill."""
-    bank = Bank(concurrency=2, middleware=[_in_middleware])
+    bank = Bank(concurrency=1, middleware=[_in_middleware])
     seen = _asks_who(bank)
 
     @bank.router.bind_event("row", batch=10, within=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from aiokafka import TopicPartition
 from aiokafka import errors as kafka
 
 from kafka_broker._transport.kafka_client import REQUEST_TIMEOUT
-from kafka_broker._transport.kafka_consumer import KafkaSubscription
+from kafka_broker._transport.kafka_consumer import History, KafkaSubscription
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -55,11 +56,14 @@ class Consumer:
 
     def __init__(self) -> None:
         self._coordinator = Coordinator()
-        self._fetcher = SimpleNamespace(_fetch_task=asyncio.get_running_loop().create_future())
+        self._fetcher = SimpleNamespace(
+            _fetch_task=asyncio.get_running_loop().create_future(), _records={}
+        )
         self.waiting: list[tuple[int, int]] = []
         self.asked: list[set[int]] = []
         self.assigned = PLACES
         self.stuck = False
+        self.bad: set[tuple[int, int]] = set()
 
     def assignment(self) -> set[TopicPartition]:
         return self.assigned
@@ -72,11 +76,22 @@ class Consumer:
         if self.stuck:
             await asyncio.Event().wait()
         taken = [place for place in self.waiting if place[0] in asked][:max_records]
-        self.waiting = [place for place in self.waiting if place not in taken]
+        for place in taken:
+            if place in self.bad:
+                parsed = SimpleNamespace(next_fetch_offset=place[1])
+                buffered = SimpleNamespace(_partition_records=parsed)
+                self._fetcher._records = {TopicPartition(TOPIC, place[0]): buffered}
+                b"\xff".decode()
+            self.waiting.remove(place)
         if not taken:
             await asyncio.sleep(timeout_ms / 1000)
         records = [SimpleNamespace(topic=TOPIC, partition=p, offset=at) for p, at in taken]
-        return {TopicPartition(TOPIC, 0): records} if records else {}
+        return {TopicPartition(TOPIC, records[0].partition): records} if records else {}
+
+    def seek(self, place: TopicPartition, offset: int) -> None:
+        self.waiting = [
+            each for each in self.waiting if each[0] != place.partition or each[1] >= offset
+        ]
 
     async def stop(self) -> None:
         self._coordinator.generation, self._coordinator.member_id = -1, ""
@@ -88,9 +103,16 @@ class Setting:
     def __init__(self) -> None:
         self.consumer = Consumer()
         self.coordinator = self.consumer._coordinator
+        self.history = History("me")
         self.told: list[frozenset[int]] = []
         self.give_up: Callable[[], object] = lambda: None
-        self.subscription = KafkaSubscription(self.consumer, TOPIC, self.told.append, self._revoked)
+        self.subscribe()
+
+    def subscribe(self) -> None:
+        """Begin anew, as after an error."""
+        self.subscription = KafkaSubscription(
+            self.consumer, TOPIC, self.told.append, self._revoked, self.history
+        )
 
     async def _revoked(self, _: frozenset[int]) -> None:
         outcome = self.give_up()
@@ -347,8 +369,104 @@ async def test_an_error_of_on_assigned_does_not_silence_a_member(setting: Settin
     def fail(_: frozenset[int]) -> None:
         raise ZeroDivisionError
 
-    subscription = KafkaSubscription(setting.consumer, TOPIC, fail, setting._revoked)
+    subscription = KafkaSubscription(
+        setting.consumer, TOPIC, fail, setting._revoked, setting.history
+    )
     with pytest.raises(ZeroDivisionError):
         await subscription.on_partitions_assigned(PLACES)
     setting.consumer.waiting = [(0, 1)]
     assert 1 == len(await subscription.fetch())
+
+
+# Records that cannot be parsed
+
+
+@VIRTUAL
+async def test_after_a_record_that_cannot_be_parsed_each_comes_alone(setting: Setting) -> None:
+    """The subscription breaks; the next hands on a stand-in, and for a minute one at a time."""
+    await setting.assign()
+    setting.consumer.waiting = [*((0, at) for at in range(4)), (1, 0), (1, 1)]
+    setting.consumer.bad = {(0, 1), (1, 1)}
+    waiting = list(setting.consumer.waiting)
+    with pytest.raises(BrokerUnavailableError, match="UnicodeDecodeError"):
+        await setting.fetch()
+    setting.consumer.waiting = list(waiting)  # what was thrown away comes again
+    setting.subscribe()
+    await setting.assign()
+    fetched = [await setting.subscription.fetch() for _ in waiting]
+    assert [1] * 6 == [len(records) for records in fetched]
+    records = [record for (record,) in fetched]
+    assert Counter(waiting) == Counter((each.partition, each.offset) for each in records)
+    assert {(0, 1), (1, 1)} == {(each.partition, each.offset) for each in records if _empty(each)}
+    assert [] == await setting.fetch()
+    await asyncio.sleep(60)
+    setting.consumer.waiting = [(0, 4), (0, 5)]
+    assert [(0, 4), (0, 5)] == await setting.fetch()
+
+
+def _empty(record: Any) -> bool:
+    return getattr(record, "value", None) == b""
+
+
+@VIRTUAL
+async def test_being_careful_respects_what_is_left_out(setting: Setting, looptime: Any) -> None:
+    """Neither records nor stand-ins come of what is left out; a fetch keeps its time."""
+    setting.history.met_unparsable()
+    await setting.assign()
+    setting.consumer.waiting = [(0, 1), (1, 1)]
+    setting.consumer.bad = {(0, 1)}
+    assert [(1, 1)] == await setting.fetch(0)
+    assert [] == await setting.fetch(0)
+    assert pytest.approx(0.5, abs=0.03) == looptime
+    assert [(0, 1)] == await setting.fetch()
+
+
+async def test_an_error_at_no_known_place_is_raised(setting: Setting) -> None:
+    """Without an offset to step over there is no stand-in."""
+
+    async def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    setting.history.met_unparsable()
+    await setting.assign()
+    setting.consumer.getmany = fail  # type: ignore[method-assign,assignment]  # a fake's
+    with pytest.raises(BrokerUnavailableError, match="ZeroDivisionError"):
+        await setting.fetch()
+
+
+# Twins
+
+
+async def _lose(setting: Setting) -> None:
+    await setting.assign()
+    setting.lose_session()
+    await setting.revoke()
+    setting.coordinator.generation = 5
+
+
+@VIRTUAL
+async def test_a_member_that_is_always_lost_stands_back(
+    setting: Setting, looptime: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After three losses in a minute it is told once of its setting, and rests from then on."""
+    for _ in range(2):
+        await _lose(setting)
+    assert ("", 0) == (caplog.text, looptime)
+    for seconds in (30, 60):
+        await _lose(setting)
+        assert pytest.approx(seconds, abs=0.01) == looptime
+    assert 1 == caplog.text.count("group_instance_id 'me'")
+
+
+@VIRTUAL
+async def test_losses_far_apart_are_no_twin(
+    setting: Setting, looptime: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loss now and then, or a rebalance, does not make a member rest."""
+    for _ in range(5):
+        await _lose(setting)
+        await asyncio.sleep(31)
+        await setting.assign()
+        await setting.revoke()
+    assert pytest.approx(5 * 31, abs=0.01) == looptime
+    assert "" == caplog.text

@@ -23,6 +23,7 @@ from kafka_broker._transport.kafka_client import (
     translated,
 )
 from kafka_broker._transport.kafka_consumer import (
+    History,
     KafkaReader,
     KafkaSubscription,
     consumer_options,
@@ -47,6 +48,7 @@ class KafkaTransport:
         check_options(settings)
         self._settings = settings
         self._producer = KafkaProducer(settings)
+        self._histories: dict[str, History] = {}
 
     def now(self) -> float:
         """Return the seconds since the epoch."""
@@ -147,7 +149,7 @@ class KafkaTransport:
         except BaseException:
             await close(consumer, consumer.stop())
             raise
-        return KafkaReader(consumer, position)
+        return KafkaReader(consumer, place, position)
 
     async def subscribe(
         self,
@@ -171,7 +173,8 @@ class KafkaTransport:
             "max_poll_interval_ms": _DAY_MS,
         }
         consumer = AIOKafkaConsumer(**consumer_options(settings, group))
-        subscription = KafkaSubscription(consumer, topic, on_assigned, on_revoked)
+        history = self._histories.setdefault(topic, History(settings.group_instance_id))
+        subscription = KafkaSubscription(consumer, topic, on_assigned, on_revoked, history)
         try:
             with translated(f"cannot join group {group_id!r} on topic {topic!r}"):
                 async with asyncio.timeout(REQUEST_TIMEOUT):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -16,6 +19,7 @@ from kafka_broker._transport.kafka_client import (
     FOREIGN,
     REQUEST_TIMEOUT,
     close,
+    describe,
     options,
     unavailable,
 )
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from kafka_broker._settings import BrokerSettings
-    from kafka_broker._transport import OnAssigned, OnRevoked, Record
+    from kafka_broker._transport import Headers, OnAssigned, OnRevoked, Record
 
 _logger = logging.getLogger("kafka_broker.transport")
 
@@ -34,6 +38,16 @@ _GRACE: Final = 0.1
 """Seconds that aiokafka is given to end a fetch by itself; cut off, it forgets a future."""
 _REST: Final = 0.1
 """Seconds between two tries of a commit."""
+_CAREFUL: Final = 60.0
+"""Seconds without a record that cannot be parsed, after which many are fetched at a time again."""
+_LOOK: Final = 0.02
+"""Seconds between two looks for a single record."""
+_LOSSES: Final = 3
+_LOST_WITHIN: Final = 60.0
+"""So many lost memberships within so many seconds: another has our group_instance_id."""
+_STAND_BACK: Final = 30.0
+"""Seconds that we leave the group to the one that seems to be us."""
+_FORGET_LOSSES: Final = 300.0
 _LOST_MEMBERSHIP: Final = (
     kafka.IllegalGenerationError,
     kafka.UnknownMemberIdError,
@@ -61,11 +75,68 @@ def consumer_options(settings: BrokerSettings, group: dict[str, Any]) -> dict[st
     return options(AIOKafkaConsumer, settings, defaults)
 
 
+class _Unparsable(NamedTuple):
+    """Stands for a record that aiokafka cannot parse; an empty value is no event, so it fails."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None = None
+    value: bytes | None = b""
+    headers: Headers = ()
+
+
+class History:
+    """What a consumer has to know of those before it on its topic."""
+
+    def __init__(self, instance_id: str | None = None) -> None:
+        self._instance_id = instance_id
+        self._careful_until = -math.inf
+        self._losses: deque[float] = deque(maxlen=_LOSSES)
+        self._contested = False
+
+    @property
+    def careful(self) -> bool:
+        """Whether records are fetched one at a time, so that an error tells which one it means."""
+        return _now() < self._careful_until
+
+    def met_unparsable(self) -> None:
+        """Be careful from now on."""
+        self._careful_until = _now() + _CAREFUL
+
+    def lost_membership(self, topic: str) -> bool:
+        """Note a loss; return whether to stand back, as another seems to have our instance id."""
+        if self._instance_id is None:
+            return False
+        now = _now()
+        if self._losses and now - self._losses[-1] > _FORGET_LOSSES:
+            self._losses.clear()
+            self._contested = False
+        self._losses.append(now)
+        often = len(self._losses) == _LOSSES and now - self._losses[0] < _LOST_WITHIN
+        if often and not self._contested:
+            self._contested = True
+            _logger.error(
+                "%s: this replica loses its partitions again and again; two live replicas seem to "
+                "have the same group_instance_id %r: give each its own",
+                topic,
+                self._instance_id,
+            )
+        return self._contested
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 class _Consumer:
     """What a reader and a subscription share: fetching and closing."""
 
-    def __init__(self, consumer: Any) -> None:
+    def __init__(self, consumer: Any, history: History) -> None:
         self._consumer = consumer
+        self._history = history
+        self._turn = 0
 
     async def _poll(self, *places: TopicPartition, timeout: float) -> list[Record]:
         """Return what has arrived, or has in *places* if there are any."""
@@ -73,11 +144,63 @@ class _Consumer:
             batches = await self._consumer.getmany(
                 *places, timeout_ms=timeout * 1000, max_records=_POLL_RECORDS
             )
-        except Exception as exc:  # one record that cannot be parsed raises anything
+        except FOREIGN as exc:
             raise unavailable("fetching failed", exc) from exc
+        except Exception as exc:  # one record that cannot be parsed raises anything
+            self._history.met_unparsable()
+            raise unavailable("a record cannot be parsed", exc) from exc
         if not batches:
             self._check_alive()
         return [record for batch in batches.values() for record in batch]
+
+    async def _poll_carefully(
+        self, places: Sequence[TopicPartition], timeout: float
+    ) -> Sequence[Record]:
+        """Return one record, of another partition each time; none after *timeout*."""
+        deadline = _now() + timeout
+        while True:
+            for _ in places:
+                self._turn += 1
+                if records := await self._poll_one(places[self._turn % len(places)]):
+                    return records
+            if _now() >= deadline:
+                self._check_alive()
+                return []
+            await asyncio.sleep(_LOOK)
+
+    async def _poll_one(self, place: TopicPartition) -> Sequence[Record]:
+        """Return the next record of *place*, if it is there, or what stands for it."""
+        try:
+            batches = await self._consumer.getmany(place, timeout_ms=0, max_records=1)
+        except FOREIGN as exc:
+            raise unavailable("fetching failed", exc) from exc
+        except Exception as exc:
+            self._history.met_unparsable()
+            offset = self._offset_to_parse(place)
+            if offset is None:
+                raise unavailable("a record cannot be parsed", exc) from exc
+            return [self._step_over(place, offset, exc)]
+        records: Sequence[Record] = batches.get(place, ())
+        return records
+
+    def _step_over(self, place: TopicPartition, offset: int, error: Exception) -> Record:
+        _logger.error(
+            "%s:%d:%d cannot be parsed and is handed on empty: %s",
+            place.topic,
+            place.partition,
+            offset,
+            describe(error),
+        )
+        self._consumer.seek(place, offset + 1)
+        return _Unparsable(place.topic, place.partition, offset, int(time.time() * 1000))
+
+    def _offset_to_parse(self, place: TopicPartition) -> int | None:
+        """Return the offset behind what was parsed; a position stays before control records."""
+        buffered = self._consumer._fetcher._records.get(place)  # noqa: SLF001  # ADR 0007
+        offset: int | None = getattr(
+            getattr(buffered, "_partition_records", None), "next_fetch_offset", None
+        )
+        return offset
 
     def _check_alive(self) -> None:
         """Notice what aiokafka keeps to itself: after its fetch task died it is silent for ever."""
@@ -94,13 +217,23 @@ class _Consumer:
 class KafkaReader(_Consumer):
     """A `Reader` over a consumer without a group."""
 
-    def __init__(self, consumer: Any, position: int) -> None:
-        super().__init__(consumer)
+    def __init__(self, consumer: Any, place: TopicPartition, position: int) -> None:
+        super().__init__(consumer, History())
+        self._place = place
         self.position = position
 
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived; see `Reader.fetch`."""
-        records = await self._poll(timeout=FETCH_TIMEOUT)
+        if not self._history.careful:
+            try:
+                return self._past(await self._poll(timeout=FETCH_TIMEOUT))
+            except BrokerUnavailableError:
+                if not self._history.careful:
+                    raise
+                self._consumer.seek(self._place, self.position)
+        return self._past(await self._poll_carefully([self._place], FETCH_TIMEOUT))
+
+    def _past(self, records: Sequence[Record]) -> Sequence[Record]:
         if records:
             self.position = records[-1].offset + 1
         return records
@@ -110,9 +243,14 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
     """A `Subscription` over a consumer of a group."""
 
     def __init__(
-        self, consumer: Any, topic: str, on_assigned: OnAssigned, on_revoked: OnRevoked
+        self,
+        consumer: Any,
+        topic: str,
+        on_assigned: OnAssigned,
+        on_revoked: OnRevoked,
+        history: History,
     ) -> None:
-        super().__init__(consumer)
+        super().__init__(consumer, history)
         self._topic = topic
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
@@ -136,9 +274,15 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             self._assigned.set()
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """Hold records back until the next assignment; called by aiokafka."""
+        """Hold records back until the next assignment; called by aiokafka.
+
+        aiokafka joins again as soon as this returns. So while another replica seems to be us it
+        does not return for a while: else each would take the partitions from the other at once.
+        """
         self._epoch += 1
         self._assigned.clear()
+        lost = self._membership is not None and self._identity()[0] < 0
+        stand_back = lost and self._history.lost_membership(self._topic)
         try:
             if revoked:
                 await self._on_revoked(frozenset(place.partition for place in revoked))
@@ -146,6 +290,8 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             _logger.exception("giving up partitions of %s failed", self._topic)
         finally:
             self._membership = None
+        if stand_back:
+            await asyncio.sleep(_STAND_BACK)  # a close cuts it short
 
     def _identity(self) -> tuple[int, str]:
         """Return who aiokafka takes us for now; a lost session leaves -1 and no name."""
@@ -173,7 +319,7 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             async with asyncio.timeout(timeout):
                 await self._assigned.wait()
 
-    def _hold(self, records: list[Record]) -> None:
+    def _hold(self, records: Sequence[Record]) -> None:
         """Keep records with the epoch that they belong to; of an older one nothing is kept."""
         epoch = self._epoch if self._assigned.is_set() else self._epoch + 1
         if epoch != self._held_epoch:
@@ -188,7 +334,7 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         self._held = [record for record in self._held if record.partition in leave_out]
         return records
 
-    async def _poll_fairly(self, leave_out: Collection[int], timeout: float) -> list[Record]:
+    async def _poll_fairly(self, leave_out: Collection[int], timeout: float) -> Sequence[Record]:
         """Return records, first of partitions that others have kept waiting.
 
         aiokafka empties its buffer of one partition, up to a megabyte, before it looks at the next:
@@ -198,6 +344,7 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             place for place in self._consumer.assignment() if place.partition not in leave_out
         ]
         others = [place for place in places if place not in self._served]
+        single = sorted(places) if self._history.careful else None
         if not leave_out:
             places = []  # that means all, also those that are assigned while we wait
         elif not places:
@@ -205,6 +352,8 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         records: list[Record] = []
         try:
             async with asyncio.timeout(timeout + _GRACE):
+                if single is not None:
+                    return await self._poll_carefully(single, timeout)
                 if self._served and others:
                     records = await self._poll(*others, timeout=0)
                 if not records:
