@@ -19,7 +19,7 @@ _logger = logging.getLogger("kafka_broker.handling")
 
 
 def answering(outbox: Outbox, module: str, metrics: Metrics) -> Middleware:
-    """Reply with what a handler returns or raises; raise on what nobody surely waits for."""
+    """Reply with what a handler returns or raises; let pass the failure nobody surely waits for."""
     answers = _Answers(outbox, module)
 
     def wrap(handle: Handle) -> Handle:

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """The events of one call, in the order in which they came."""
+    """The events of one call, in the order in which they came.
+
+    Attributes:
+        full: set when no others are to come: it has its size, or the broker drains.
+        called: whether the function has been called, so that nobody leaves the call any more.
+        members: each event's work, what the function takes of it, and what its verdict comes to.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -108,7 +114,7 @@ class Batches:
         """Handle *event* together with others; raises what is said of it alone, or of all."""
         item = self._read(event)
         work = work_of(event)
-        if work is None:  # in a loop of the user's own
+        if work is None:  # by execute_event(): no broker gathers others
             [result] = _results(await self._call([item]), 1)
             if isinstance(result, Exception):
                 raise result

@@ -88,7 +88,10 @@ async def read_dead_letters(transport: Transport, topic: str) -> AsyncGenerator[
 
 
 def replay(letter: DeadLetter, outbox: Outbox, module: str) -> Delivery:
-    """Produce *letter* again to where it came from; raises as `Outbox.put`."""
+    """Produce *letter* to the topic of *module* again; raises as `Outbox.put`.
+
+    It goes into the partition that it came from, if its origin is that topic.
+    """
     place = _wire.place_of_origin(letter.origin)
     partition = place[1] if place and place[0] == module else None
     headers = _wire.replayed_headers(letter.headers, letter.attempt + 1)

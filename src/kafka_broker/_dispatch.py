@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("kafka_broker.dispatch")
 
 _BACKOFF: Final = (0.1, 5.0)
+"""The first and the longest pause, in seconds, before a broken subscription is replaced."""
 _TURN: Final = 50
+"""Records that a worker handles before it lets the loop go round."""
 _POLL: Final = 0.5
+"""Seconds that a fetch waits for records."""
 _POLL_SOME: Final = 0.01
 """Seconds to wait for other partitions while some are full: those may have room soon."""
 _PRESSED: Final = 0.02
@@ -40,6 +43,7 @@ _PRESSED: Final = 0.02
 _SHARES: Final = (0.5, 0.2, 0.1)
 """Of a rebalance's time: for handlers, for their replies, for the commit; the rest is Kafka's."""
 _LISTED: Final = 5
+"""Events that a warning names."""
 _LAST_WORDS: Final = 1.0
 """Seconds that a handler has to end after it was cancelled."""
 
@@ -241,16 +245,28 @@ class Dispatcher:
     async def _run(self, work: Work, task: asyncio.Task[None] | None) -> None:
         work.task = task
         try:
-            await isolated(self._handle(work), work)
-            work.ended = not work.dropped
-        except asyncio.CancelledError:
-            if not work.dropped:
-                raise  # and one that was put off has ended
+            while not await self._try(work):
+                await self.return_to_seat(work)
         finally:
             work.task = None
             self._end(work)
         if task is not None and task.cancelling():
             await absorb_cancellations(self._ending)
+
+    async def _try(self, work: Work) -> bool:
+        """Handle a record; returns False when somebody cancelled that from outside."""
+        try:
+            await isolated(self._handle(work), work)
+            work.ended = not work.dropped
+        except asyncio.CancelledError:
+            if work.dropped:  # or put off: it is over, and its worker goes on
+                return True
+            if self._closed or self._ending():
+                raise
+            _logger.warning("%s: cancelled from outside, handled again", work.where)
+            await absorb_cancellations(self._ending)
+            return False
+        return True
 
     def _end(self, work: Work) -> None:
         lanes = self._lanes
@@ -296,6 +312,7 @@ class Dispatcher:
         self._lanes.give_up_seat(work)
         self._wake()
         try:
+            # the one that has set the limit may go, too: nothing behind it has ended
             if self.draining and work.record.offset >= work.partition.limit:
                 self._drop([work])
             await asyncio.sleep(seconds)
@@ -469,17 +486,21 @@ class Dispatcher:
         _logger.info("%s: left the group %s", self._topic, self._group_id)
 
     async def close(self) -> None:
-        """Leave the group at once: for a start that did not come to reading."""
+        """Leave the group at once; called alone after a start that did not come to reading."""
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             await subscription.close()
 
     async def _leave(self, for_handlers: float, for_replies: float, for_commit: float) -> None:
         """Give everything up and leave the group."""
-        if self._subscription is not None:
-            await self._finish(for_handlers, for_replies, for_commit)
-        self._let_go()
-        await self.close()
+        try:
+            if self._subscription is not None:
+                await self._finish(for_handlers, for_replies, for_commit)
+        except Exception:  # a bug of ours: leave the group all the same
+            _logger.exception("%s was not given up in order", self._topic)
+        finally:
+            self._let_go()
+            await self.close()
 
     async def _finish(self, for_handlers: float, for_replies: float, for_commit: float) -> None:
         """Let what was begun end, and what is before it; have its replies delivered; commit."""

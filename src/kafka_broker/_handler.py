@@ -18,14 +18,13 @@ from kafka_broker._depends import Dependencies, is_dependency
 from kafka_broker._event import EventObject
 from kafka_broker._middleware import Handle, Middleware, wrapped
 from kafka_broker._threads import in_thread
+from kafka_broker._verdicts import RetryPolicy
 from kafka_broker.errors import ConfigurationError, EventDecodeError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from anyio import CapacityLimiter
-
-    from kafka_broker._verdicts import RetryPolicy
 
     Source = Callable[[EventObject[Any]], Any]
 
@@ -150,6 +149,8 @@ class Terms:
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < math.inf:
                 raise ConfigurationError(f"{name} must be a positive number of seconds")
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise ConfigurationError(f"retry of a bind has to be a RetryPolicy, got {self.retry!r}")
         if self.batch is not None and self.batch < 1:
             raise ConfigurationError(f"batch must be 1 or more, got {self.batch}")
 

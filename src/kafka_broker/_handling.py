@@ -41,13 +41,13 @@ _logger = logging.getLogger("kafka_broker.handling")
 class Handling:
     """Decodes, routes, answers. Every way a record can end goes through one call of this.
 
-    Raises:
-        ConfigurationError: middleware of the user raises when it is put around a handler.
-
     Args:
         middleware: what users put around every handler.
         scope: what handlers may be given, and the threads of the plain ones.
         ending: whether all tasks of the loop are being cancelled.
+
+    Raises:
+        ConfigurationError: middleware of the user raises when it is put around a handler.
     """
 
     def __init__(  # noqa: PLR0913  # it is where all parts meet
@@ -177,6 +177,8 @@ class Handling:
     def _wrapped(self, handler: Handler, around: Sequence[Middleware]) -> Handle:
         try:
             return wrapped(handler.handle(self._scope), around)
+        except ConfigurationError:
+            raise
         except Exception as exc:
             raise ConfigurationError(
                 f"middleware around handler {handler.name} raised {type(exc).__name__} as it was "

@@ -36,7 +36,7 @@ def isolated(handling: Coroutine[Any, Any, None], work: Work) -> Generator[Any, 
 
 
 async def absorb_cancellations(ending: Callable[[], bool]) -> None:
-    """Undo what a handler did to the task that is not its own, unless all tasks are to end.
+    """Undo the cancellations that a handler left on its worker's task, unless all are to end.
 
     Raises:
         CancelledError: they are.
@@ -45,7 +45,7 @@ async def absorb_cancellations(ending: Callable[[], bool]) -> None:
     if task is None or not task.cancelling():
         return
     try:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # where one that was asked for and not delivered yet arrives
     except asyncio.CancelledError:
         if ending():
             raise

@@ -32,8 +32,10 @@ class Work:
         request: whom to answer, if anybody.
         attempt: the number of the try that runs or comes next, from 1.
         endings: what has to be done before the offset may be committed: replies, dead letters.
+        begun: whether it has been handed out.
         ended: whether its handling is over.
-        dropped: whether its partition moves or the broker stops, so that it ends nowhere here.
+        dropped: whether its handling is cut off: its partition moves, the broker stops, or it was
+            put off, and then it has ended all the same.
         resting: whether it only waits for time to pass, and may be dropped at once.
         resumes: the time of the loop at which that is over.
         expires: the time of the loop at which its handler has had its time.
@@ -52,6 +54,7 @@ class Work:
     # Defaults of the class: an instance that sets each of them itself costs 1 us more.
     request: Request | None = None
     attempt: int = 1
+    begun: bool = False
     ended: bool = False
     dropped: bool = False
     resting: bool = False
@@ -100,12 +103,14 @@ class Partition:
     """One partition, for as long as it is assigned to us: a new assignment makes a new one.
 
     Attributes:
+        watermark: which offset may be committed.
+        tails: the last record of each lane, by key.
         ready: the records that may run, each the first of its lane.
         running: how many of its records hold a seat.
         begun: how many were begun and are not committed yet.
         size: the bytes of its records whose handling is not over.
         last_ended: the highest offset whose handling has ended.
-        limit: the offset that nothing beyond is begun of any more.
+        limit: the offset beyond which nothing is begun any more.
     """
 
     __slots__ = (
@@ -220,17 +225,25 @@ class Lanes:
             else:
                 self._turns.popleft()
             partition.begun += 1
+            work.begun = True
             self.working.add(work)
             self._seat(work)
             return work
         return None
 
     def _first_of(self, partition: Partition) -> Work | None:
-        """Take the next record of a partition; of one with a full share only what all wait for."""
-        if partition.begun < self.events_share or partition.limit < math.inf:
+        """Take the next record of a partition; the last place is for the one that all wait for.
+
+        If that one has been begun, its end makes room.
+        """
+        if partition.begun < self.events_share - 1 or partition.limit < math.inf:
             return partition.ready.popleft()
+        if partition.begun >= self.events_share:
+            return None
         first = partition.watermark.first()
-        if first is None or partition.begun > self.events_share or first not in partition.ready:
+        if first is None or first.begun:
+            return partition.ready.popleft()
+        if first not in partition.ready:
             return None
         partition.ready.remove(first)
         return first
@@ -301,8 +314,8 @@ class Lanes:
         partition.size -= work.size
         if work.ended and work.record.offset > partition.last_ended:
             partition.last_ended = work.record.offset
-        beside = work.follower or work.behind or work.beside
-        before = self._leave_lane(work) if beside is not None else None
+        neighbour = work.follower or work.behind or work.beside
+        before = self._leave_lane(work) if neighbour is not None else None
         key = work.record.key
         if key is not None and partition.tails.get(key) is work:
             if before is not None:
@@ -335,7 +348,7 @@ class Lanes:
         return not self.working and not self._turns
 
     def close(self) -> None:
-        """Begin only what is before something that was begun.
+        """Begin only what is before something that has ended or runs; a rest does not count.
 
         Otherwise nothing behind the gap could be committed, and all of that would be repeated.
         """

@@ -305,10 +305,11 @@ class BrokerManager:
                 yield letter
 
     def replay(self, letter: DeadLetter) -> Delivery:
-        """Send a dead letter back to where it was first read, to be handled again.
+        """Send a dead letter of this module to its topic again, to be handled again.
 
-        It goes into the same partition, with its own key, value and headers, and its count of
-        attempts goes on. It stays in the dead-letter topic: replayed twice it is handled twice.
+        It goes into the partition that it came from, with its own key, value and headers, and its
+        count of attempts goes on. It stays in the dead-letter topic: replayed twice it is handled
+        twice.
 
         Raises:
             OutboxFullError: too much is waiting; nothing was taken.

@@ -2,7 +2,7 @@
 
 `Handle` is a coroutine function from an event to its result; a `Middleware` takes one and returns
 one. What the broker itself puts around every handler has that shape, too. From the outside in:
-deadline, dead letter, reply, observation, retry, time limit; then what users add.
+deadline, dead letter, reply, retry topic, observation, retry, time limit; then what users add.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kafka_broker._verdicts import (
     RetryLater,
     RetryPolicy,
 )
-from kafka_broker.errors import EventDecodeError, NoHandlerError
+from kafka_broker.errors import ConfigurationError, EventDecodeError, NoHandlerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,8 +48,20 @@ _IN_PLACE: Final = 5.0
 
 
 def wrapped(handle: Handle, middleware: Sequence[Middleware]) -> Handle:
-    """Return *handle* inside of *middleware*, the first outermost."""
-    return reduce(lambda inner, wrap: wrap(inner), reversed(middleware), handle)
+    """Return *handle* inside of *middleware*, the first outermost.
+
+    Raises:
+        ConfigurationError: one of them returns something that cannot be called.
+    """
+    return reduce(_inside, reversed(middleware), handle)
+
+
+def _inside(inner: Handle, middleware: Middleware) -> Handle:
+    handle: object = middleware(inner)
+    if not callable(handle):
+        name = getattr(middleware, "__qualname__", repr(middleware))
+        raise ConfigurationError(f"middleware {name} returned {handle!r}, which handles nothing")
+    return handle
 
 
 def current_work() -> Work:

@@ -28,11 +28,11 @@ class Watermark(Generic[One]):
         self._passed = 0
 
     def __len__(self) -> int:
-        """Return how many events were begun and are not below a committed offset."""
+        """Return how many records were read and are not below a committed offset."""
         return len(self._begun) + self._passed
 
     def begin(self, offset: int, ending: One) -> None:
-        """Take in the event at *offset*; it holds the watermark until its *ending* is done.
+        """Take in the record at *offset*, as it was read; it holds the watermark until it is done.
 
         Raises:
             ValueError: the offsets do not rise.
@@ -59,7 +59,7 @@ class Watermark(Generic[One]):
             self._passed += 1
 
     def committed(self, offset: int) -> int:
-        """Note that *offset*, as `advance` gave it, is committed; returns how many events it adds.
+        """Note that *offset*, as `advance` gave it, is committed; returns how many more are now.
 
         Of what has ended since then nothing is committed yet, so its count stays.
         """
@@ -69,6 +69,6 @@ class Watermark(Generic[One]):
         return passed
 
     def pending(self) -> Iterator[One]:
-        """Yield what was begun and holds the watermark, in the order of offsets."""
+        """Yield what was read and holds the watermark, in the order of offsets."""
         for _, ending in self._begun:
             yield ending

@@ -270,7 +270,9 @@ async def test_what_is_wrong_with_the_call_is_raised_for_all(wrong: str) -> None
         errors = await table.answers(broker, 1, 2)
         table.put_rows(3, 4)
         await until(lambda: table.committed == {0: 4})
-    assert [500, 500] == [error.status for error in errors if isinstance(error, RemoteError)]
+    name = {"raises": "LookupError", "cancelled": "HandlerCancelledError"}.get(wrong, "TypeError")
+    expected = [f"{name} in the handler of 'row'; see the log of Works"] * 2
+    assert expected == [error.detail for error in errors if isinstance(error, RemoteError)]
     assert [[1, 2], [3, 4]] == table.calls
     assert {3, 4} == set(table.dead)
 
@@ -330,8 +332,8 @@ async def test_one_key_is_in_one_list_in_order() -> None:
         began = _now()
         table.put_rows(*range(7), key="a")
         await until(lambda: table.committed == {0: 7})
-        assert _now() - began < 4
     assert [[0, 1, 2], [3, 4, 5], [6]] == table.calls
+    assert [0, 1, 2] == [int(at - began) for at in table.times]
 
 
 @virtual
@@ -389,15 +391,17 @@ async def test_a_call_that_takes_too_long_fails_for_all() -> None:
 
 @virtual
 async def test_a_batch_without_a_seat_in_time_is_tried_again() -> None:
-    """It gets one later, and keeps none for nothing."""
-    policy = RetryPolicy(attempts=5, base=0.1, jitter=0)
+    """It gets one later, and meanwhile keeps none from others."""
+    policy = RetryPolicy(attempts=2, base=5, jitter=0)
     table = _table(batch=2, timeout=1, retry=policy, concurrency=1)
     async with serves(table):
         table.put_rows("late")
         table.put("busy", event="wait")
         await asyncio.sleep(1.2)
         table.go.set()
-        await until(lambda: table.committed == {0: 2})
+        table.put("next")
+        await until(lambda: table.handled == ["busy", "next"], within=1)
+        await until(lambda: table.committed == {0: 3})
     assert ([["late"]], []) == (table.calls, table.dead)
 
 

@@ -102,6 +102,26 @@ async def test_what_comes_meanwhile_is_left_to_the_next_loop() -> None:
 
 
 @virtual
+async def test_what_comes_as_the_loop_begins_is_left_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A letter that is in the same fetch as those before it is no different."""
+    sick = Sick()
+    read = MemoryTransport.read
+
+    async def reading(self: MemoryTransport, topic: str, *place: Any) -> MemoryReader:
+        if topic.endswith(".dlq") and place[1:] == (0,):
+            sick.bury(3)
+        return await read(self, topic, *place)
+
+    async with serves(sick) as broker:
+        sick.bury(1, 2)
+        monkeypatch.setattr(MemoryTransport, "read", reading)
+        assert [1, 2] == _data(await _letters(broker))
+        assert [1, 2, 3] == _data(await _letters(broker))
+
+
+@virtual
 async def test_every_partition_is_read() -> None:
     """One after the other, though we make the topic with one."""
     sick = Sick()

@@ -762,7 +762,7 @@ FAULTS = ["nothing", "rebalance", "expel", "break", "restart", "second", "third 
 
 
 @virtual
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     partitions=st.integers(1, 3),
     concurrency=st.integers(1, 5),

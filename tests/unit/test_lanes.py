@@ -279,9 +279,22 @@ def test_no_more_are_begun_than_may_be_uncommitted() -> None:
     _end(lanes, *rest)
     assert (None, []) == (_commit(lanes), _begin(lanes))
     _end(lanes, first)
-    [oldest] = _begin(lanes)  # all commits wait for it, so it may
-    assert (3, 4) == (oldest.record.offset, lanes.partitions[0].begun)
-    assert (3, [4]) == (_commit(lanes), _offsets(_begin(lanes)))
+    assert [] == _begin(lanes)
+    assert (3, [3, 4]) == (_commit(lanes), _offsets(_begin(lanes)))
+
+
+def test_the_last_place_is_for_the_record_that_all_commits_wait_for() -> None:
+    """Else those behind it could use up the share, and nothing would ever be committed."""
+    lanes = _lanes(events=3)
+    _add(lanes, "a", "a", "b", "c", "d")
+    begun = _begin(lanes)
+    assert [0, 2, 3] == _offsets(begun)
+    _end(lanes, *begun)
+    assert 1 == _commit(lanes)
+    [held_up] = _begin(lanes)
+    assert 1 == held_up.record.offset
+    _end(lanes, held_up)
+    assert (4, [4]) == (_commit(lanes), _offsets(_begin(lanes)))
 
 
 def test_a_partition_is_full_until_enough_is_committed() -> None:

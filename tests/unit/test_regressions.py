@@ -310,3 +310,22 @@ async def test_a_replay_is_for_the_group_that_buried_it(through: str) -> None:
         await broker.replay(letter)
         await asyncio.sleep(5)
     assert [("a", 1), ("a", 2), ("b", 1)] == sorted(bank.seen)
+
+
+def test_retry_of_a_bind_has_to_be_a_policy() -> None:
+    """A dict, which the setting of a broker takes, is refused at once."""
+    with pytest.raises(ConfigurationError, match="has to be a RetryPolicy"):
+        EventRouter("Shop").bind_event("paid", retry={"attempts": 1})  # type: ignore[arg-type]
+
+
+async def test_middleware_that_forgets_to_return_is_named_at_the_start() -> None:
+    """It is a mistake of the program, so no event has to come to show it."""
+
+    def forgets(handle: Handle) -> Handle:  # type: ignore[return]
+        del handle
+
+    router = EventRouter("Shop", middleware=[forgets])
+    router.bind_event("paid")(lambda event: event.data)
+    with pytest.raises(ConfigurationError, match="forgets returned None"):
+        async with BrokerManager("Shop", router=router, bootstrap_servers="memory://forgets"):
+            pass
