@@ -26,13 +26,13 @@ def answering(outbox: Outbox, module: str, metrics: Metrics) -> Middleware:
         async def answered(event: EventObject[Any]) -> Any:
             try:
                 result = await handle(event)
-            except Exception as exc:
+            except Exception as exc:  # whatever a handler raises is told to who waits
                 if not answers.tell_failure(event, exc):
                     raise
                 return
             try:
                 answers.tell(event, result)
-            except Exception as exc:
+            except Exception as exc:  # a result may have no form in JSON, or raise as it is read
                 report(event, exc, metrics)
                 if not answers.tell_failure(event, exc):
                     raise

@@ -179,7 +179,7 @@ class Handling:
             return wrapped(handler.handle(self._scope), around)
         except ConfigurationError:
             raise
-        except Exception as exc:
+        except Exception as exc:  # it is the user's code, and runs at the start
             raise ConfigurationError(
                 f"middleware around handler {handler.name} raised {type(exc).__name__} as it was "
                 "put there"

@@ -149,7 +149,7 @@ def observing(now: Callable[[], float], metrics: Metrics) -> Middleware:
             began, name = time.perf_counter() if tells else 0.0, event.event
             try:
                 result = await handle(event)
-            except Exception as exc:
+            except Exception as exc:  # seen and passed on
                 if not isinstance(exc, RetryLater) or not _may_wait(exc, now()):
                     report(event, exc, metrics)
                 tell(began, name, exc)
@@ -207,7 +207,7 @@ def retrying(policy: RetryPolicy, now: Callable[[], float], metrics: Metrics) ->
             while True:
                 try:
                     return await handle(event)
-                except Exception as exc:
+                except Exception as exc:  # the policy chooses which are worth a try
                     work = current_work()
                     failures += not isinstance(exc, RetryLater)
                     pause = _pause_after(exc, failures, policy)

@@ -178,7 +178,7 @@ async def test_a_loop_that_is_left_early_closes_its_reader(
     sick = Sick()
 
     async def leave(broker: BrokerManager) -> None:
-        async with aclosing(broker.dead_letters()) as letters:  # type: ignore[type-var]
+        async with aclosing(broker.dead_letters()) as letters:  # type: ignore[type-var]  # a generator
             async for _ in letters:
                 return
 

@@ -464,7 +464,7 @@ async def test_a_commit_task_that_is_cancelled_from_outside() -> None:
             task
             for task in asyncio.all_tasks()
             if "_commit_regularly" in repr(task.get_coro())
-            and task.get_coro().cr_frame.f_locals["self"] is _engine(broker)  # type: ignore[union-attr]
+            and task.get_coro().cr_frame.f_locals["self"] is _engine(broker)  # type: ignore[union-attr]  # ours
         ]
         task.cancel()
         works.put()

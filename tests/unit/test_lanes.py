@@ -257,7 +257,7 @@ def test_who_comes_back_leaves_a_seat_to_partitions_that_run_nothing() -> None:
         lanes.give_up_seat(work)
     running = _begin(lanes)
     for work in resting:
-        lanes.return_to_seat(work, lambda work=work: seated.append(work.record.offset))  # type: ignore[misc]
+        lanes.return_to_seat(work, lambda work=work: seated.append(work.record.offset))  # type: ignore[misc]  # bound
     assert (3, 3) == (len(resting), len(running))
     _add(lanes, "", partition=1)
     assert [1] == [work.record.partition for work in _begin(lanes)]

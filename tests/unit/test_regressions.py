@@ -315,13 +315,13 @@ async def test_a_replay_is_for_the_group_that_buried_it(through: str) -> None:
 def test_retry_of_a_bind_has_to_be_a_policy() -> None:
     """A dict, which the setting of a broker takes, is refused at once."""
     with pytest.raises(ConfigurationError, match="has to be a RetryPolicy"):
-        EventRouter("Shop").bind_event("paid", retry={"attempts": 1})  # type: ignore[arg-type]
+        EventRouter("Shop").bind_event("paid", retry={"attempts": 1})  # type: ignore[arg-type]  # mistake
 
 
 async def test_middleware_that_forgets_to_return_is_named_at_the_start() -> None:
     """It is a mistake of the program, so no event has to come to show it."""
 
-    def forgets(handle: Handle) -> Handle:  # type: ignore[return]
+    def forgets(handle: Handle) -> Handle:  # type: ignore[return]  # the mistake
         del handle
 
     router = EventRouter("Shop", middleware=[forgets])

@@ -174,7 +174,7 @@ class _Consumer:
             batches = await self._consumer.getmany(place, timeout_ms=0, max_records=1)
         except FOREIGN as exc:
             raise unavailable("fetching failed", exc) from exc
-        except Exception as exc:
+        except Exception as exc:  # the record that cannot be parsed raises anything
             self._history.met_unparsable()
             offset = self._offset_to_parse(place)
             if offset is None:
