@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # Pyright would ask the network for a newer version of itself at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help install fmt lint test test-quick demo bench clean
+.PHONY: help install fmt lint test test-quick shop demo screenshot bench clean
 
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 12
@@ -49,8 +49,14 @@ test: $(STAMP) ## Run every test, on memory and on a real Kafka (ARGS="-k ..." t
 test-quick: $(STAMP) ## Run the tests that need no Kafka
 	$(BIN)/python -m pytest -m "not integration" $(ARGS)
 
-demo: $(STAMP) ## Show a request through a real Kafka (KEEP=1 leaves it running)
-	@$(BIN)/python -u examples/demo.py $(if $(KEEP),--keep)
+shop: $(STAMP) ## Open a shop of three services and a page, on a real Kafka, until Ctrl-C
+	@exec $(BIN)/python -u examples/shop/run.py
+
+demo: $(STAMP) ## Place some orders in that shop, print replies and times, and end
+	@exec $(BIN)/python -u examples/shop/run.py --demo
+
+screenshot: $(STAMP) ## Renew the picture of the page in docs/images (needs Chromium and pdftocairo)
+	$(BIN)/python -m tests.integration.screenshot docs/images/shop.svg
 
 bench: $(STAMP) ## Measure against raw aiokafka on a real Kafka
 	$(BIN)/python benchmarks/seams.py

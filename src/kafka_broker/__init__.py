@@ -5,6 +5,7 @@ from __future__ import annotations
 from kafka_broker._dead_letters import DeadLetter
 from kafka_broker._delivery import Delivery
 from kafka_broker._event import EventObject
+from kafka_broker._health import Check, Health
 from kafka_broker._manager import BrokerManager, broker_manager
 from kafka_broker._metrics import Metrics
 from kafka_broker._middleware import Handle, Middleware
@@ -16,12 +17,14 @@ from kafka_broker._verdicts import Reject, RetryLater, RetryPolicy
 __all__ = [
     "BrokerManager",
     "BrokerSettings",
+    "Check",
     "ConsumerStorage",
     "DeadLetter",
     "Delivery",
     "EventObject",
     "EventRouter",
     "Handle",
+    "Health",
     "Metrics",
     "Middleware",
     "Reject",

@@ -14,6 +14,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Final
 
 from kafka_broker._delivery import Delivery
+from kafka_broker._health import Pulse
 from kafka_broker._isolation import absorb_cancellations, isolated
 from kafka_broker._lanes import Lanes
 from kafka_broker._outbox import Transfer
@@ -68,6 +69,7 @@ class Dispatcher:
     Attributes:
         draining: whether nothing new is begun, because partitions move or the broker stops.
         failed: ends in the error of a worker that died: a bug of ours.
+        pulse: its signs of life.
     """
 
     def __init__(  # noqa: PLR0913  # the two topics that a broker reads differ in nearly all of them
@@ -121,6 +123,8 @@ class Dispatcher:
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_at = math.inf
         self.failed: asyncio.Future[None] = self._loop.create_future()
+        grace = settings.rebalance_timeout + settings.session_timeout
+        self.pulse = Pulse(self._loop.time, grace)
 
     async def open(self) -> None:
         """Join the group; does not wait for partitions.
@@ -144,6 +148,7 @@ class Dispatcher:
         committing.add_done_callback(self._commits_ended)
         try:
             while not self._stopping:
+                self.pulse.goes_round()
                 try:
                     with self._interrupted_by_stop():
                         await self._read()
@@ -175,9 +180,12 @@ class Dispatcher:
         if full and len(full) == len(self._lanes.partitions):
             self._commit_due.set()
             self._room.clear()
+            self.pulse.pauses(pausing=True)
             await self._room.wait()
+            self.pulse.pauses(pausing=False)
             return
         records = await subscription.fetch(full, timeout=_POLL_SOME if full else _POLL)
+        self.pulse.has_read()
         if records and self._ours.is_set():
             self._lanes.add(records, self)
             self._wake()
@@ -435,6 +443,7 @@ class Dispatcher:
                 self._topic,
             )
         self._lanes.assign(partitions)
+        self.pulse.has_partitions(len(partitions))
         self.draining = self._stopping
         self._room.set()
 
@@ -442,6 +451,7 @@ class Dispatcher:
         """End and commit what can be ended in time, then forget the partitions."""
         _logger.info("%s: gives up partitions %s", self._topic, sorted(partitions))
         self._ours.clear()
+        self.pulse.has_none()
         try:
             await self._finish(*self._shares())
         finally:
@@ -583,4 +593,5 @@ class Dispatcher:
 
     def _let_go(self) -> None:
         self._lanes.assign(())
+        self.pulse.has_none()
         self._forget()

@@ -9,10 +9,12 @@ from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from kafka_broker import _wire
+from kafka_broker import _asgi, _wire
+from kafka_broker._caller import caller_now
 from kafka_broker._dead_letters import DeadLetter, read_dead_letters, replay
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
 from kafka_broker._handler import INJECTED, Payload
+from kafka_broker._health import Check, Health
 from kafka_broker._isolation import handled_now
 from kafka_broker._metrics import Metrics
 from kafka_broker._outbox import Outbox
@@ -154,7 +156,7 @@ class BrokerManager:
             )
         else:
             value = _wire.encode(event, self.settings.module)
-            headers, partition = _wire.forward_headers(request), None
+            headers, partition = (*_wire.forward_headers(request), *_trace()), None
         record = Outgoing(_bytes(key, str(event.correlation_id)), value, headers)
         delivery = self._open_outbox().put(
             topic, record, keyed=key is not None, partition=partition
@@ -182,7 +184,7 @@ class BrokerManager:
         record = Outgoing(
             _bytes(key, correlation_id),
             _wire.encode(event, self.settings.module),
-            _wire.request_headers(correlation_id, deadline),
+            (*_wire.request_headers(correlation_id, deadline), *_trace()),
         )
         delivery = outbox.put(
             topic,
@@ -216,6 +218,7 @@ class BrokerManager:
         *,
         timeout: float | Default = DEFAULT,
         response: type[Reply],
+        correlation_id: str | None = None,
     ) -> EventObject[Reply]: ...
 
     @overload
@@ -227,9 +230,10 @@ class BrokerManager:
         *,
         timeout: float | Default = DEFAULT,
         response: None = None,
+        correlation_id: str | None = None,
     ) -> EventObject[Any]: ...
 
-    async def request(
+    async def request(  # noqa: PLR0913  # what one request can ask for
         self,
         topic: str,
         event: str,
@@ -237,6 +241,7 @@ class BrokerManager:
         *,
         timeout: float | Default = DEFAULT,
         response: type[Any] | None = None,
+        correlation_id: str | None = None,
     ) -> EventObject[Any]:
         """Send an event and wait for its reply.
 
@@ -247,6 +252,7 @@ class BrokerManager:
             timeout: in seconds; ``reply_timeout`` of the settings unless given. It travels with the
                 request, which is not handled any more once it has passed.
             response: a type, for example a pydantic model, that the reply's data is read as.
+            correlation_id: of the request, which nobody else may use; a new UUID unless given.
 
         Raises:
             ReplyTimeoutError: no reply in time; the request may still have been handled.
@@ -261,6 +267,10 @@ class BrokerManager:
         seconds = self._seconds(timeout)
         payload = None if response is None else _payload_of(response)
         asked: EventObject[Any] = EventObject(event=event, data=data)
+        if correlation_id is not None:
+            asked.correlation_id = correlation_id
+        if not seconds:
+            raise ReplyTimeoutError(asked.correlation_id, seconds)  # its client has given up
         storage, outbox = self.consumer_storage, self._open_outbox()
         slot = storage.expect(asked.correlation_id, seconds, replies_only=True)
         try:
@@ -285,7 +295,8 @@ class BrokerManager:
         if not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
             msg = f"request() needs a timeout in seconds, more than 0; got {seconds!r}"
             raise ConfigurationError(msg)
-        return seconds
+        caller = caller_now.get()
+        return seconds if caller is None else min(seconds, caller.remaining())
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
         """Yield what is in this module's dead-letter topic now; it stays there.
@@ -460,31 +471,60 @@ class BrokerManager:
         if self._doors == 0 and not self._held:
             await self.stop()
 
+    def health(self) -> Health:
+        """Return what this broker knows of itself now; see `kafka_broker.fastapi.health_router`.
+
+        Raises:
+            ConfigurationError: the environment lacks a setting.
+        """
+        if self._run is None:
+            life = Check(ok=False, age=0.0, detail="not started")
+            return Health(self.settings.module, live=True, ready=False, checks={"life": life})
+        return self._run.health()
+
     @asynccontextmanager
-    async def lifespan(self, app: object) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG002  # Starlette's shape
+    async def lifespan(
+        self, app: object = None, *, problems: bool = True
+    ) -> AsyncIterator[dict[str, Any]]:
         """Run while an ASGI application does: ``FastAPI(lifespan=broker_manager.lifespan)``.
 
-        The state ``{"broker": self}`` is what `kafka_broker.fastapi.Broker` reads.
-        """
-        async with self:
-            yield {"broker": self}
+        It puts `kafka_broker.fastapi.BrokerMiddleware` around the application's routes. The state
+        ``{"broker": self, "broker:<module>": self}`` is what `kafka_broker.fastapi.Broker` reads.
 
-    def init_consumer_app(self, app: Any) -> None:
+        Args:
+            app: a Starlette or FastAPI application; another one only runs the broker.
+            problems: whether errors that a route raises become HTTP problem answers.
+        """
+        _asgi.surround(app, problems=problems)
+        async with self:
+            yield self._app_state()
+
+    def _app_state(self) -> dict[str, Any]:
+        return {"broker": self, f"broker:{self.settings.module}": self}
+
+    def init_consumer_app(self, app: Any, *, problems: bool = True) -> None:
         """Add this broker to the lifespan of a Starlette or FastAPI application that is made.
 
         The broker starts before the application's own lifespan, which may send and ask, and stops
         after it. Events are handled only in between, with the state of that lifespan in `state`.
+        Otherwise it is as `lifespan`.
+
+        Args:
+            app: the application.
+            problems: whether errors that a route raises become HTTP problem answers.
         """
+        _asgi.surround(app, problems=problems)
         inner: Callable[[Any], Any] = app.router.lifespan_context
 
         @asynccontextmanager
         async def composed(started: Any) -> AsyncIterator[dict[str, Any]]:
+            _asgi.surround(app, problems=problems)  # what was mounted since
             await self._enter(handling=False)
             try:
                 async with inner(started) as theirs:
                     self.state.update(theirs or {})
                     async with self._handling():
-                        yield {"broker": self, **(theirs or {})}
+                        yield {**self._app_state(), **(theirs or {})}
             except BaseException:
                 await self._leave()
                 raise
@@ -503,6 +543,14 @@ class _Started:
         self._run.awaited = True
         yield from asyncio.wait({self._run.started}).__await__()
         self._run.started.result()
+
+
+def _trace() -> _wire.Trace:
+    """Return the trace headers of the event, or else the client, that the code here works for."""
+    work, caller = handled_now.get(), caller_now.get()
+    if work is not None:
+        return _wire.trace_of(work.record)
+    return () if caller is None else caller.trace
 
 
 def _hold_back(delivery: Delivery) -> None:

@@ -146,12 +146,18 @@ class Outbox:
             if self._closed is not None:
                 raise BrokerClosedError(self._closed)
             if not urgent and self._is_full(delivery._size):
-                raise OutboxFullError(topic, self._events, self._bytes)
+                raise OutboxFullError(topic, self._fullness())
             self._schedule()
             self._events += 1
             self._bytes += delivery._size
             self._arrived.append(delivery)
         return delivery
+
+    def _fullness(self) -> str:
+        return (
+            f"the outbox is full ({self._events} events, {self._bytes} bytes wait for Kafka); "
+            "produce more slowly, or raise outbox_events or outbox_bytes"
+        )
 
     def _is_full(self, size: int) -> bool:
         return self._events >= self._max_events or self._bytes + size > self._max_bytes
@@ -181,6 +187,19 @@ class Outbox:
     def full(self) -> bool:
         """Whether so much waits that `put` refuses what is not urgent."""
         return self._is_full(0)
+
+    def oldest(self) -> float:
+        """Return the seconds that the oldest event has waited for a partition; 0 when none does.
+
+        One whose topic does not exist says nothing about Kafka.
+        """
+        if self._loop is None:
+            return 0.0
+        lanes = (lane for topic in self._topics.values() for lane in topic.lanes.values())
+        heads = [
+            queue[0]._expires for lane in lanes for queue in (lane.queue, lane.sending) if queue
+        ]
+        return max(0.0, self._timeout - (min(heads) - self._loop.time())) if heads else 0.0
 
     async def room(self) -> None:
         """Return when something more may be put."""

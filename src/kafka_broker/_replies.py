@@ -12,6 +12,7 @@ import zlib
 from typing import TYPE_CHECKING, Final
 
 from kafka_broker import _wire
+from kafka_broker._health import Pulse
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ReplyInbox:
         self._metrics = metrics
         self._reader: Reader | None = None
         self._next: int | None = None
+        self.pulse = Pulse(asyncio.get_running_loop().time)
 
     async def open(self, transport: Transport) -> None:
         """Take our partition and wait until it is read from its end.
@@ -51,14 +53,17 @@ class ReplyInbox:
         self.partition = zlib.crc32(self._instance) % partitions
         self._reader = await transport.read(self.topic, self.partition)
         self._next = self._reader.position
+        self.pulse.has_partitions(1)
 
     async def run(self, transport: Transport) -> None:
         """Resolve waits until cancelled; a reader that breaks is replaced where it stopped."""
         pause = _BACKOFF[0]
         while True:
+            self.pulse.goes_round()
             try:
                 if self._reader is None:
                     self._reader = await transport.read(self.topic, self.partition, self._next)
+                    self.pulse.has_partitions(1)
                 records = await self._reader.fetch()
             except BrokerUnavailableError as exc:
                 _logger.warning("replies cannot be read, trying again in %.1f s: %s", pause, exc)
@@ -67,6 +72,7 @@ class ReplyInbox:
                 pause = min(pause * 2, _BACKOFF[1])
                 continue
             pause = _BACKOFF[0]
+            self.pulse.has_read()
             for record in records:
                 self._take(record)
             self._next = self._reader.position
@@ -84,5 +90,6 @@ class ReplyInbox:
     async def close(self) -> None:
         """Close the reader, if one is open."""
         reader, self._reader = self._reader, None
+        self.pulse.has_none()
         if reader is not None:
             await reader.close()

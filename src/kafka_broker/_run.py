@@ -12,6 +12,7 @@ from kafka_broker import _wire
 from kafka_broker._dispatch import Dispatcher
 from kafka_broker._handler import Scope
 from kafka_broker._handling import Handling, Postponed
+from kafka_broker._health import SILENCE, Check, Health
 from kafka_broker._replies import ReplyInbox
 from kafka_broker._transport import TopicSpec
 from kafka_broker.errors import BrokerClosedError, BrokerError, BrokerUnavailableError
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("kafka_broker.life")
 
 _BACKOFF: Final = (0.1, 2.0)
+_ASK: Final = (3.0, 0.5)
+"""Seconds between two questions whether Kafka is there: after an answer, and without one."""
+_ANSWER_WITHIN: Final = 2.0
 STOPPED: Final = "the broker was stopped"
 
 
@@ -103,6 +107,7 @@ class Run:
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._watched: set[asyncio.Future[Any]] = set()
         self._drained: asyncio.Future[list[None]] | None = None
+        self._since = self._answered = self.loop.time()
         self._task = self.loop.create_task(
             self._supervise(), name=f"kafka_broker {settings.module}"
         )
@@ -137,7 +142,41 @@ class Run:
 
     def request_stop(self) -> None:
         """Begin to stop; returns at once."""
+        if not self.stopping:
+            self._since = self.loop.time()
         self._stopping.set()
+
+    def health(self) -> Health:
+        """Return what this run knows of itself."""
+        now = self.loop.time()
+        reading = {
+            name: self._dispatchers[name].pulse for name in self._reading if self._handles.is_set()
+        }
+        pulses = {"replies": self._inbox.pulse, **reading}
+        silent, stuck = now - self._answered, self.outbox.oldest()
+        checks = {
+            "life": self._life(now),
+            "kafka": Check(silent < SILENCE, silent, "since its last answer"),
+            "outbox": Check(stuck < SILENCE, stuck, f"{len(self.outbox)} events wait"),
+            **{name: pulse.check() for name, pulse in pulses.items()},
+        }
+        return Health(
+            self._settings.module,
+            live=self.failure is None and (self.over or not any(p.dead for p in pulses.values())),
+            ready=all(check.ok for check in checks.values()),
+            checks=checks,
+        )
+
+    def _life(self, now: float) -> Check:
+        if self.failure is not None:
+            detail = "failed"
+        elif self.over:
+            detail = "stopped"
+        elif self.stopping:
+            detail = "stops"
+        else:
+            detail = "running" if self._ready else "starts"
+        return Check(detail == "running" and not self.handling_over, now - self._since, detail)
 
     def _dispatcher(self, topic: str, handle: Handling | Postponed) -> Dispatcher:
         settings = self._settings
@@ -173,7 +212,7 @@ class Run:
                 self._after = None
                 self._storage.open()
             if await self._until_stopping(self._start()):
-                self._ready = True
+                self._ready, self._since = True, self.loop.time()
                 self.started.set_result(None)
                 await self._watch()
         except BaseException as exc:  # noqa: BLE001  # kept for whoever waits
@@ -247,7 +286,11 @@ class Run:
         if self._handles.is_set():
             for dispatcher in self._dispatchers.values():
                 await dispatcher.open()
-        self._replies = [self.loop.create_task(self._inbox.run(self.transport))]
+        self._answered = self.loop.time()
+        self._replies = [
+            self.loop.create_task(self._inbox.run(self.transport)),
+            self.loop.create_task(self._ask_regularly()),
+        ]
         self._reading = {
             name: self.loop.create_task(dispatcher.run(self._handles))
             for name, dispatcher in self._dispatchers.items()
@@ -258,6 +301,18 @@ class Run:
         self.outbox.open(
             self.transport, _wire.address(self._inbox.topic, self._inbox.partition, instance)
         )
+
+    async def _ask_regularly(self) -> None:
+        """Know whether Kafka is there: one that is not, is silent for those who read it."""
+        while True:
+            try:
+                async with asyncio.timeout(_ANSWER_WITHIN):
+                    await self.transport.partitions(self._inbox.topic)
+            except (TimeoutError, BrokerUnavailableError):
+                await asyncio.sleep(_ASK[1])  # perhaps it was one node of several
+            else:
+                self._answered = self.loop.time()
+                await asyncio.sleep(_ASK[0])
 
     async def _ensure_topics(self) -> None:
         settings = self._settings

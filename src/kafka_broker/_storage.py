@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from kafka_broker import _wire
+from kafka_broker._caller import caller_now, client_waits
 from kafka_broker._event import PENDING, EventObject
 from kafka_broker._slots import DEFAULT, Arrival, Default, Slot
 from kafka_broker.errors import (
@@ -68,7 +70,8 @@ class ConsumerStorage:
         """
         while True:
             self._check_open()
-            await self._news.wait()
+            with client_waits():
+                await self._news.wait()
             if await self.poll():
                 return True
 
@@ -147,15 +150,26 @@ class ConsumerStorage:
         slot = Slot(loop=loop)
         slot.replies_only = replies_only
         slot.correlation_id = correlation_id
-        slot.timeout = self._timeout if isinstance(timeout, Default) else timeout or 0.0
-        slot.expiry = None if timeout is None else loop.call_later(slot.timeout, slot.expire)
+        slot.timeout = self._seconds(timeout)
+        slot.expiry = None
+        if slot.timeout < math.inf:
+            slot.expiry = loop.call_later(slot.timeout, slot.expire)
         self._slots.setdefault(correlation_id, []).append(slot)
         return slot
+
+    def _seconds(self, timeout: float | Default | None) -> float:
+        """Return how long to wait: no longer than the client that is answered here does."""
+        if isinstance(timeout, Default):
+            timeout = self._timeout
+        seconds = math.inf if timeout is None else timeout
+        caller = caller_now.get()
+        return seconds if caller is None else min(seconds, caller.remaining())
 
     async def collect(self, slot: Slot) -> EventObject[Any]:
         """Wait for what comes into *slot*, close it, and return the event; raises as `consume`."""
         try:
-            arrival = await slot
+            with client_waits():
+                arrival = await slot
         except asyncio.CancelledError:
             self.release(slot)
             if slot.done() and not slot.cancelled() and slot.exception() is None:

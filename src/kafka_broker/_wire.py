@@ -8,6 +8,7 @@ event or an `EventDecodeError`.
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from kafka_broker._transport import Headers, Record
 
+Trace = tuple[tuple[str, bytes], ...]
+"""The headers ``traceparent`` and ``tracestate``, or none."""
+
 CORRELATION_ID = "kafka_correlationId"
 REPLY_TOPIC = "kafka_replyTopic"
 REPLY_PARTITION = "kafka_replyPartition"
@@ -36,11 +40,15 @@ ATTEMPT = "kb-attempt"
 DUE = "kb-due"
 GROUP = "kb-group"
 TOO_LARGE = "kb-too-large"
+TRACE_PARENT = "traceparent"
+TRACE_STATE = "tracestate"
 
 _OURS = frozenset({ORIGIN, FAILURE, ATTEMPT, DUE, GROUP})
 _MAX_PARTITION = 1_000_000
 _MAX_DIGITS = 9
 _ENVELOPE = frozenset({"correlation_id", "event"})
+_TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_MAX_TRACE_STATE = 512
 
 
 def encode(event: EventObject[Any], location: str) -> bytes:
@@ -116,6 +124,21 @@ def reply_headers(request: Request) -> tuple[tuple[str, bytes], ...]:
     if request.instance is None:
         return (correlation,)
     return (correlation, (INSTANCE, request.instance))
+
+
+def trace(parent: bytes | None, state: bytes | None) -> Trace:
+    """Return the headers with which a trace goes on (W3C Trace Context); none if it is broken."""
+    if parent is None or not _TRACE_PARENT.fullmatch(parent):
+        return ()
+    if not state or len(state) > _MAX_TRACE_STATE:
+        return ((TRACE_PARENT, parent),)
+    return ((TRACE_PARENT, parent), (TRACE_STATE, state))
+
+
+def trace_of(record: Record) -> Trace:
+    """Return the headers of the trace that a record belongs to."""
+    headers = named(record.headers)
+    return trace(headers.get(TRACE_PARENT), headers.get(TRACE_STATE))
 
 
 def origin_of(record: Record) -> tuple[str, bytes]:

@@ -83,13 +83,9 @@ class DeliveryUnknownError(DeliveryError):
 
 
 class OutboxFullError(DeliveryError):
-    """Too much is waiting to be sent; nothing was taken. Slow down or raise the limit."""
+    """Too much is waiting; nothing was taken. Slow down or raise the limit."""
 
-    def __init__(self, topic: str, events: int, size: int) -> None:
-        reason = (
-            f"the outbox is full ({events} events, {size} bytes wait for Kafka); "
-            "produce more slowly, or raise outbox_events or outbox_bytes"
-        )
+    def __init__(self, topic: str, reason: str) -> None:
         super().__init__(topic, reason, retriable=True)
 
 

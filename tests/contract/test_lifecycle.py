@@ -388,7 +388,8 @@ async def test_lifespan_composes_with_the_applications_own(
     app = FastAPI(lifespan=own)
     broker.init_consumer_app(app)
     async with app.router.lifespan_context(app) as state:
-        assert {"broker": broker, "pool": 1} == state
+        ours = {"broker": broker, f"broker:{broker.settings.module}": broker}
+        assert {**ours, "pool": 1} == state
     assert [True, True] == seen
     assert not broker.ready
 

@@ -1,24 +1,23 @@
-"""The demo that `make demo` runs, as its users start it."""
+"""The shop without its page: `make demo`, which ends by itself, and how `make shop` ends."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
-REPLY = re.compile(r"^ +\d+ +\d+ +R-\d+ +[\d.]+ ms$", re.MULTILINE)
-PROCESS = re.compile(r"\(process (\d+)\)")
+from .shop import PROCESS, RUN, alive, running_shop
+
+REPLY = re.compile(r"^  mug +12  R-[0-9a-f]{8} +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms$", re.MULTILINE)
 
 
-def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def demo(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # noqa: S603 - our own program
-        [sys.executable, DEMO, *arguments],
+        [sys.executable, RUN, "--demo"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -27,55 +26,27 @@ def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.mark.integration
-def test_two_processes_on_kafka(kafka: str) -> None:
-    """Each request through Kafka is answered, and both services are gone afterwards."""
+def test_three_processes_on_kafka(kafka: str) -> None:
+    """Each order is answered through Kafka, and all services are gone afterwards."""
     done = demo(KAFKA_BROKER_BOOTSTRAP_SERVERS=kafka)
     assert 0 == done.returncode, done.stderr
     assert 21 == len(REPLY.findall(done.stdout))
     assert "Payments  respond" in done.stdout
+    assert "409 teapot: an order of 1, and 0 left" in done.stdout
     services = [int(pid) for pid in PROCESS.findall(done.stdout)]
-    assert 2 == len(services)
+    assert 3 == len(services)
     assert not any(alive(pid) for pid in services)
 
 
 @pytest.mark.integration
-def test_kept_until_interrupted(kafka: str) -> None:
-    """With --keep the services stay up, and Ctrl-C ends them and the demo well."""
-    with subprocess.Popen(  # noqa: S603 - our own program
-        [sys.executable, "-u", DEMO, "--keep"],
-        env={**os.environ, "KAFKA_BROKER_BOOTSTRAP_SERVERS": kafka},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as kept:
-        try:
-            output = _until(kept, "until Ctrl-C: open http://127.0.0.1:")
-            services = [int(pid) for pid in PROCESS.findall(output)]
-            assert [True, True] == [alive(pid) for pid in services]
-            kept.send_signal(signal.SIGINT)
-            assert 0 == kept.wait(timeout=60)
-        finally:
-            kept.kill()
-    assert not any(alive(pid) for pid in services)
-
-
-def _until(process: subprocess.Popen[str], text: str) -> str:
-    """Return what a process has printed as soon as *text* is in it."""
-    assert process.stdout is not None
-    output = ""
-    while text not in output:
-        line = process.stdout.readline()
-        assert line, output
-        output += line
-    return output
+def test_open_until_interrupted(kafka: str) -> None:
+    """The shop stays open, and Ctrl-C ends its services and itself well."""
+    with running_shop(KAFKA_BROKER_BOOTSTRAP_SERVERS=kafka) as shop:
+        assert [True, True, True] == [alive(pid) for pid in shop.services]
+        assert 0 == shop.interrupt()
+        assert "is killed" not in shop.output
+        assert [False, False, False] == [alive(pid) for pid in shop.services]
 
 
 @pytest.mark.integration

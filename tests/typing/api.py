@@ -7,7 +7,8 @@ from typing import Any, assert_type
 
 from pydantic import BaseModel
 
-from kafka_broker import BrokerManager, Delivery, EventObject, EventRouter
+from kafka_broker import BrokerManager, Check, Delivery, EventObject, EventRouter, Health
+from kafka_broker.fastapi import Accepted, Broker, PendingReplies
 
 
 class Receipt(BaseModel):
@@ -52,3 +53,10 @@ async def use(broker: BrokerManager) -> None:
     await broker.init_consumer()
     assert_type(await router.execute_event(event), Any)
     assert_type(await charge(Receipt(amount=1), event), Receipt)
+
+
+async def route(broker: Broker, replies: PendingReplies) -> Accepted:
+    assert_type(broker, BrokerManager)
+    assert_type(broker.health(), Health)
+    assert_type(broker.health().checks["kafka"], Check)
+    return await replies.ask(broker, "Payments", "card.charge", {"amount": 3}, response=Receipt)

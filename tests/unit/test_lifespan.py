@@ -154,7 +154,8 @@ async def test_the_state_of_the_application_is_the_broker_s(state: dict[str, Any
     service.state = state
     service.broker_manager.state["mine"] = 1
     async with leaves_nothing(service), service.lives() as whole:
-        assert {"broker": service.broker_manager, **(state or {})} == whole
+        broker = service.broker_manager
+        assert {"broker": broker, "broker:Works": broker, **(state or {})} == whole
         assert {"mine": 1, **(state or {})} == service.broker_manager.state
         assert (state or {}).get("pool") == await service.asks("state")
 

@@ -1,0 +1,160 @@
+"""`BrokerMiddleware`: what a web application needs around routes that await replies. Pure ASGI."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from kafka_broker import _problems, _wire
+from kafka_broker._caller import Caller, Receive, Scope, Send
+from kafka_broker.errors import RemoteError
+
+if TYPE_CHECKING:
+    from kafka_broker._problems import Problem
+
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_logger = logging.getLogger("kafka_broker.http")
+
+_KEY: Final = "kafka_broker.caller"
+_CLIENT_CLOSED_REQUEST: Final = 499
+"""Not registered, but what nginx logs for a client that has left."""
+_TRY_AGAIN_LATER, _INTERNAL_ERROR = 1013, 1011
+_LONGEST_REASON: Final = 123
+"""Bytes that a WebSocket's close frame has room for."""
+_SERVER_ERRORS, _UNAVAILABLE = 500, 503
+
+
+class BrokerMiddleware:
+    """ASGI middleware for routes that await replies.
+
+    `BrokerManager.lifespan` and `BrokerManager.init_consumer_app` put it around the routes of their
+    application by themselves. Add it by hand to an application that starts its broker in another
+    way: ``app.add_middleware(BrokerMiddleware)``.
+
+    - A route that waits for a reply is cancelled when its client goes away.
+    - Errors of the broker that no exception handler takes become problem documents (RFC 9457); on a
+      WebSocket they become a close code.
+    - The client's W3C trace headers go on in the events that its route produces.
+
+    Args:
+        app: what it is put around.
+        problems: whether errors are answered; without it they go on to the server.
+    """
+
+    def __init__(self, app: ASGIApp, *, problems: bool = True) -> None:
+        self.app = app
+        self.problems = problems
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, as ASGI asks for."""
+        if scope["type"] not in {"http", "websocket"}:
+            await self.app(scope, receive, send)
+        elif _KEY in scope:  # of an application that this one is mounted in
+            await self._answer(scope, receive, send, scope[_KEY])
+        else:
+            async with Caller(receive, send, _trace_of(scope)) as caller:
+                scope[_KEY] = caller
+                try:
+                    await self._answer(scope, caller.receive, caller.send, caller)
+                finally:
+                    del scope[_KEY]  # whoever is outside may use it again
+            if caller.left and scope["type"] == "http":
+                await _answer_nobody(scope, caller)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception as exc:
+            problem = _problems.problem_of(exc) if self.problems else None
+            websocket = scope["type"] == "websocket"
+            if problem is None or caller.answered or (caller.started and not websocket):
+                raise
+            _log(scope, problem, exc)
+            if websocket:
+                await _close(scope, caller, send, problem)
+            else:
+                await _respond("http.response", send, problem)
+
+
+def _log(scope: Scope, problem: Problem, error: Exception) -> None:
+    level = logging.WARNING if problem.status >= _SERVER_ERRORS else logging.INFO
+    # what a handler says in its refusal may quote its data
+    cause = error.correlation_id if isinstance(error, RemoteError) else error
+    _logger.log(level, "%s is answered with %s: %s", _exchange(scope), _summary(problem), cause)
+
+
+def _exchange(scope: Scope) -> str:
+    """Return the method and the path on one line, whatever characters the client has sent."""
+    return f"{scope.get('method', 'WebSocket')} {quote(scope['path'])}"
+
+
+def _summary(problem: Problem) -> str:
+    return f"{problem.status} {quote(problem.code)}"
+
+
+def _trace_of(scope: Scope) -> _wire.Trace:
+    headers = dict(scope["headers"])
+    return _wire.trace(headers.get(b"traceparent"), headers.get(b"tracestate"))
+
+
+async def _respond(kind: str, send: Send, problem: Problem) -> None:
+    body = json.dumps(problem.document()).encode()
+    headers = {
+        "content-type": _problems.MEDIA_TYPE,
+        "content-length": str(len(body)),
+        **problem.headers(),
+    }
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": f"{kind}.start", "status": problem.status, "headers": encoded})
+    await send({"type": f"{kind}.body", "body": body})
+
+
+async def _close(scope: Scope, caller: Caller, send: Send, problem: Problem) -> None:
+    if not caller.started and "websocket.http.response" in scope.get("extensions", {}):
+        await _respond("websocket.http.response", send, problem)
+        return
+    code = _TRY_AGAIN_LATER if problem.status == _UNAVAILABLE else _INTERNAL_ERROR
+    reason = _summary(problem)[:_LONGEST_REASON]
+    await send({"type": "websocket.close", "code": code, "reason": reason})
+
+
+async def _answer_nobody(scope: Scope, caller: Caller) -> None:
+    """End the exchange in order; other middleware would take no answer for a bug."""
+    _logger.info("%s: the client left, its wait is over", _exchange(scope))
+    if not caller.started:
+        status = _CLIENT_CLOSED_REQUEST
+        await caller.send({"type": "http.response.start", "status": status, "headers": []})
+    if not caller.answered:
+        await caller.send({"type": "http.response.body", "body": b""})
+
+
+class _Documented:
+    """FastAPI's ``app.openapi``, with the problems in what it returns."""
+
+    def __init__(self, openapi: Callable[[], dict[str, Any]]) -> None:
+        self._openapi = openapi
+
+    def __call__(self) -> dict[str, Any]:
+        schema = self._openapi()
+        _problems.add_to_schema(schema)
+        return schema
+
+
+def surround(app: Any, *, problems: bool) -> None:
+    """Put `BrokerMiddleware` around the routes of a Starlette or FastAPI application, once.
+
+    Also around those of the applications that are mounted in it, which catch their own errors; what
+    is wrapped in something else is not found. It is put inside of the application's exception
+    handlers, which therefore come first, and works although the application has started.
+    """
+    stack: Any = getattr(getattr(app, "router", None), "middleware_stack", None)
+    if stack is not None and not isinstance(stack, BrokerMiddleware):
+        app.router.middleware_stack = BrokerMiddleware(stack, problems=problems)
+        if problems and hasattr(app, "openapi"):
+            app.openapi = _Documented(app.openapi)
+    for route in getattr(app, "routes", ()):
+        surround(getattr(route, "app", None), problems=problems)

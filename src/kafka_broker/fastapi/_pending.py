@@ -1,0 +1,202 @@
+"""`PendingReplies`: answer 202 at once, and let the reply be fetched when it is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Annotated, Any, Final
+from uuid import uuid4
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel
+
+from kafka_broker._caller import caller_now, client_waits
+from kafka_broker._event import EventObject
+from kafka_broker._problems import MEDIA_TYPE, Problem, problem_of
+from kafka_broker._slots import DEFAULT, Default
+from kafka_broker.errors import ConfigurationError, OutboxFullError
+
+if TYPE_CHECKING:
+    from contextvars import Context
+
+    from kafka_broker._manager import BrokerManager
+
+_LONGEST_POLL: Final = 30.0
+_RETRY_AFTER: Final = "1"
+_UNKNOWN: Final = Problem(404, "unknown-reply", "no such reply is expected here, or it is too old")
+
+
+class Accepted(BaseModel):
+    """A request is on its way; its reply will be at ``location``."""
+
+    correlation_id: str
+    location: str
+
+
+class PendingReplies:
+    """Requests whose replies are fetched later, by ``GET /replies/{correlation_id}``.
+
+    Include its ``router`` into the application. Its replies are kept by this process: of several
+    replicas behind one address the client has to come back to the one that has asked.
+
+    Args:
+        limit: how many requests may be pending, and replies be kept; of those the oldest goes
+            first.
+        ttl: seconds that a reply is kept after it has come.
+        path: below which the replies are, whole: a prefix at ``include_router`` is not known here.
+
+    Raises:
+        ConfigurationError: a limit is not positive, or the path does not begin with ``/``.
+    """
+
+    def __init__(self, *, limit: int = 10_000, ttl: float = 300.0, path: str = "/replies") -> None:
+        if limit < 1 or not ttl > 0 or not path.startswith("/"):
+            msg = "PendingReplies needs a limit and a ttl above 0, and a path that begins with /"
+            raise ConfigurationError(msg)
+        self._limit = limit
+        self._ttl = ttl
+        self._path = path.rstrip("/")
+        self._pending: dict[str, asyncio.Task[EventObject[Any]]] = {}
+        self._ended: OrderedDict[str, asyncio.Task[EventObject[Any]]] = OrderedDict()
+        self.router: APIRouter = self._make_router()
+
+    def __len__(self) -> int:
+        """Return how many are pending or kept."""
+        return len(self._pending) + len(self._ended)
+
+    async def ask(  # noqa: PLR0913  # those of BrokerManager.request
+        self,
+        broker: BrokerManager,
+        topic: str,
+        event: str,
+        data: object = None,
+        *,
+        timeout: float | Default = DEFAULT,
+        response: type[Any] | None = None,
+    ) -> Accepted:
+        """Send a request as `BrokerManager.request` does, and return once it is sent.
+
+        It goes on when its client leaves, until its reply, its timeout or the broker's stop.
+
+        Raises:
+            OutboxFullError: as many as the limit are pending, or the outbox is full.
+            BrokerClosedError, TypeError: as `BrokerManager.request`, at once.
+        """
+        if len(self._pending) >= self._limit:
+            raise OutboxFullError(topic, f"{self._limit} replies are pending; raise the limit")
+        correlation_id = str(uuid4())
+        request = broker.request(
+            topic, event, data, timeout=timeout, response=response, correlation_id=correlation_id
+        )
+        asking = asyncio.create_task(request, context=_after_the_answer())
+        self._pending[correlation_id] = asking
+        asking.add_done_callback(lambda _: self._keep(correlation_id))
+        await asyncio.sleep(0)  # it is sent now, or refused
+        if asking.done() and not asking.cancelled() and (error := asking.exception()) is not None:
+            self._pending.pop(correlation_id, None)
+            raise error
+        return self._accepted(correlation_id)
+
+    def _accepted(self, correlation_id: str) -> Accepted:
+        return Accepted(correlation_id=correlation_id, location=f"{self._path}/{correlation_id}")
+
+    def _keep(self, correlation_id: str) -> None:
+        """Keep what a request has ended in, for a while."""
+        asking = self._pending.pop(correlation_id, None)
+        if asking is None or asking.cancelled():
+            return
+        asking.exception()  # retrieved: whoever asks for the reply gets it
+        self._ended[correlation_id] = asking
+        if len(self._ended) > self._limit:
+            self._ended.popitem(last=False)
+        asking.get_loop().call_later(self._ttl, self._ended.pop, correlation_id, None)
+
+    def _find(self, correlation_id: str) -> asyncio.Task[EventObject[Any]] | None:
+        return self._pending.get(correlation_id) or self._ended.get(correlation_id)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: object) -> AsyncIterator[None]:
+        """End with the application: nobody can fetch a reply any more."""
+        try:
+            yield
+        finally:
+            pending = set(self._pending.values())
+            for asking in pending:
+                asking.cancel()
+            if pending:
+                await asyncio.wait(pending)
+            self._ended.clear()
+
+    def _make_router(self) -> APIRouter:
+        router = APIRouter(prefix=self._path, tags=["replies"], lifespan=self._lifespan)
+        documented: dict[int | str, dict[str, Any]] = {
+            200: {"model": EventObject, "description": "The reply"},
+            202: {"model": Accepted, "description": "It is not there yet; ask again"},
+            404: {"description": _UNKNOWN.detail, "content": {MEDIA_TYPE: {}}},
+        }
+
+        @router.get("/{correlation_id}", response_model=None, responses=documented)
+        async def reply(
+            correlation_id: str, timeout: Annotated[float, Query(ge=0, le=_LONGEST_POLL)] = 0
+        ) -> Response:
+            """Return the reply, waiting for it up to *timeout* seconds."""
+            asking = self._find(correlation_id)
+            if asking is None:
+                return _problem(_UNKNOWN)
+            await _ended_within(asking, timeout)
+            if not asking.done():
+                return JSONResponse(
+                    self._accepted(correlation_id).model_dump(),
+                    status_code=202,
+                    headers={"retry-after": _RETRY_AFTER},
+                )
+            if asking.cancelled():
+                return _problem(_UNKNOWN)
+            if (error := asking.exception()) is not None:
+                raise error.with_traceback(None)
+            return JSONResponse(asking.result().model_dump(mode="json"))
+
+        @router.get("/{correlation_id}/events", response_class=EventSourceResponse)
+        async def events(correlation_id: str) -> AsyncIterator[ServerSentEvent]:
+            """Send the reply as the event ``reply`` when it is there, or else a ``problem``."""
+            asking = self._find(correlation_id)
+            if asking is not None:
+                await _ended_within(asking, None)
+            yield _event_of(asking)
+
+        return router
+
+
+def _after_the_answer() -> Context:
+    """Return a context like this one, in which nobody waits for an answer any more."""
+    context, caller = copy_context(), caller_now.get()
+    if caller is not None:
+        context.run(caller_now.set, caller.served())
+    return context
+
+
+async def _ended_within(asking: asyncio.Task[Any], timeout: float | None) -> None:
+    """Wait for a request, but not for longer than there is a client."""
+    with client_waits():
+        await asyncio.wait({asking}, timeout=timeout)
+
+
+def _problem(problem: Problem) -> Response:
+    return JSONResponse(problem.document(), problem.status, media_type=MEDIA_TYPE)
+
+
+def _event_of(asking: asyncio.Task[EventObject[Any]] | None) -> ServerSentEvent:
+    if asking is None or asking.cancelled():
+        return ServerSentEvent(event="problem", data=_UNKNOWN.document())
+    error = asking.exception()
+    if error is None:
+        return ServerSentEvent(event="reply", data=asking.result().model_dump(mode="json"))
+    problem = problem_of(error)
+    if problem is None:
+        raise error.with_traceback(None)
+    return ServerSentEvent(event="problem", data=problem.document())
