@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -13,6 +14,8 @@ from kafka_broker._caller import Caller, Receive, Scope, Send
 from kafka_broker.errors import RemoteError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from kafka_broker._problems import Problem
 
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -33,7 +36,7 @@ class BrokerMiddleware:
 
     `BrokerManager.lifespan` and `BrokerManager.init_consumer_app` put it around the routes of their
     application by themselves. Add it by hand to an application that starts its broker in another
-    way: ``app.add_middleware(BrokerMiddleware)``.
+    way: ``app.add_middleware(BrokerMiddleware)``, before any other, so that it lies inside of them.
 
     - A route that waits for a reply is cancelled when its client goes away.
     - Errors of the broker that no exception handler takes become problem documents (RFC 9457); on a
@@ -48,6 +51,7 @@ class BrokerMiddleware:
     def __init__(self, app: ASGIApp, *, problems: bool = True) -> None:
         self.app = app
         self.problems = problems
+        self.state: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI asks for."""
@@ -56,7 +60,11 @@ class BrokerMiddleware:
         elif _KEY in scope:  # of an application that this one is mounted in
             await self._answer(scope, receive, send, scope[_KEY])
         else:
-            async with Caller(receive, send, _trace_of(scope)) as caller:
+            if self.state:  # a test's client may know nothing of the lifespan's state
+                scope["state"] = {**self.state, **scope.get("state", {})}
+            headers = scope["headers"]
+            shy = any(name == b"expect" for name, _ in headers)  # 100-continue
+            async with Caller(receive, send, _trace_of(headers), shy=shy) as caller:
                 scope[_KEY] = caller
                 try:
                     await self._answer(scope, caller.receive, caller.send, caller)
@@ -96,9 +104,14 @@ def _summary(problem: Problem) -> str:
     return f"{problem.status} {quote(problem.code)}"
 
 
-def _trace_of(scope: Scope) -> _wire.Trace:
-    headers = dict(scope["headers"])
-    return _wire.trace(headers.get(b"traceparent"), headers.get(b"tracestate"))
+def _trace_of(headers: Iterable[tuple[bytes, bytes]]) -> _wire.Trace:
+    parent, states = None, []
+    for name, value in headers:
+        if name == b"traceparent":
+            parent = value
+        elif name == b"tracestate":
+            states.append(value)
+    return _wire.trace(parent, b",".join(states))
 
 
 async def _respond(kind: str, send: Send, problem: Problem) -> None:
@@ -125,11 +138,12 @@ async def _close(scope: Scope, caller: Caller, send: Send, problem: Problem) -> 
 async def _answer_nobody(scope: Scope, caller: Caller) -> None:
     """End the exchange in order; other middleware would take no answer for a bug."""
     _logger.info("%s: the client left, its wait is over", _exchange(scope))
-    if not caller.started:
-        status = _CLIENT_CLOSED_REQUEST
-        await caller.send({"type": "http.response.start", "status": status, "headers": []})
-    if not caller.answered:
-        await caller.send({"type": "http.response.body", "body": b""})
+    with suppress(OSError):  # which a server may raise for a client that has left
+        if not caller.started:
+            status = _CLIENT_CLOSED_REQUEST
+            await caller.send({"type": "http.response.start", "status": status, "headers": []})
+        if not caller.answered:
+            await caller.send({"type": "http.response.body", "body": b""})
 
 
 class _Documented:
@@ -154,7 +168,24 @@ def surround(app: Any, *, problems: bool) -> None:
     stack: Any = getattr(getattr(app, "router", None), "middleware_stack", None)
     if stack is not None and not isinstance(stack, BrokerMiddleware):
         app.router.middleware_stack = BrokerMiddleware(stack, problems=problems)
-        if problems and hasattr(app, "openapi"):
-            app.openapi = _Documented(app.openapi)
-    for route in getattr(app, "routes", ()):
+    openapi: Any = getattr(app, "openapi", None)
+    if stack is not None and problems and openapi and not isinstance(openapi, _Documented):
+        app.openapi = _Documented(openapi)
+    routes = getattr(app, "routes", None)
+    for route in routes if isinstance(routes, list) else ():
         surround(getattr(route, "app", None), problems=problems)
+
+
+@contextmanager
+def surrounding(app: Any, state: Mapping[str, Any], *, problems: bool) -> Iterator[None]:
+    """Be around the routes of an application that runs, and offer *state* to its requests."""
+    surround(app, problems=problems)
+    stack: Any = getattr(getattr(app, "router", None), "middleware_stack", None)
+    offered = stack.state if isinstance(stack, BrokerMiddleware) else {}
+    for name, value in state.items():
+        offered.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name in state:
+            offered.pop(name, None)

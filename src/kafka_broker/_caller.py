@@ -40,6 +40,11 @@ class Caller:
     Whoever waits for a reply in its context does so inside of `waiting`. While somebody does, the
     messages of the client are read ahead, and if it goes away the task is cancelled, once.
 
+    Args:
+        receive, send: those of ASGI.
+        trace: see below.
+        shy: nothing is read before the application has read, as to read is to ask for the body.
+
     Attributes:
         deadline: the time of the loop at which the client gives up.
         trace: the headers of its trace, for what is produced on its behalf.
@@ -48,7 +53,9 @@ class Caller:
         left: whether the task was cancelled because it went away.
     """
 
-    def __init__(self, receive: Receive, send: Send, trace: Trace = ()) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, trace: Trace = (), *, shy: bool = False
+    ) -> None:
         self.deadline = math.inf
         self.trace = trace
         self.started = False
@@ -60,7 +67,7 @@ class Caller:
         self._over = False
         self._body_ended = False
         self._reading = False
-        self._deaf = False
+        self._deaf = shy
         self._failure: BaseException | None = None
         self._waits = 0
         self._before: Token[Caller | None]
@@ -83,8 +90,9 @@ class Caller:
 
     def served(self) -> Caller:
         """Return what stands for this client once it has its answer: only its trace goes on."""
-        served = Caller(self._receive, self._send, self.trace)
+        served = Caller(_nothing_more, _no_answer, self.trace)
         served.answered = True
+        served._task = None  # which would keep the request, and its body, alive
         return served
 
     @property
@@ -168,11 +176,12 @@ class Caller:
         self._reading = True
         try:
             message = await self._receive()
+            self._deaf = False
+            self._note(message)
         finally:
             self._reading = False
-        self._note(message)
-        if self._waits and not self._gone:
-            self._read_ahead()
+            if self._waits and not self._gone:  # another task waits, and nobody reads for it
+                self._read_ahead()
         return message
 
     async def send(self, message: Message) -> None:
@@ -215,6 +224,13 @@ class Caller:
         if kind is None and not only_ours:
             raise asyncio.CancelledError
         return only_ours and error.__class__ is asyncio.CancelledError
+
+
+async def _nothing_more() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def _no_answer(_: Message) -> None: ...
 
 
 def _size(message: Message) -> int:

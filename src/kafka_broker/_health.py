@@ -75,6 +75,7 @@ class Pulse:
         """Note an assignment."""
         self._begun = True
         self._partitions, self._since = number, self._now()
+        self.has_read()
 
     def has_none(self) -> None:
         """Note that the partitions move, or that what was read is broken."""

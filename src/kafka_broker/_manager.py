@@ -495,9 +495,10 @@ class BrokerManager:
             app: a Starlette or FastAPI application; another one only runs the broker.
             problems: whether errors that a route raises become HTTP problem answers.
         """
-        _asgi.surround(app, problems=problems)
-        async with self:
-            yield self._app_state()
+        state = self._app_state()
+        with _asgi.surrounding(app, state, problems=problems):
+            async with self:
+                yield state
 
     def _app_state(self) -> dict[str, Any]:
         return {"broker": self, f"broker:{self.settings.module}": self}
@@ -518,17 +519,18 @@ class BrokerManager:
 
         @asynccontextmanager
         async def composed(started: Any) -> AsyncIterator[dict[str, Any]]:
-            _asgi.surround(app, problems=problems)  # what was mounted since
-            await self._enter(handling=False)
-            try:
-                async with inner(started) as theirs:
-                    self.state.update(theirs or {})
-                    async with self._handling():
-                        yield {**self._app_state(), **(theirs or {})}
-            except BaseException:
-                await self._leave()
-                raise
-            await self.__aexit__(None, None, None)
+            ours = self._app_state()
+            with _asgi.surrounding(app, ours, problems=problems):  # also what was mounted since
+                await self._enter(handling=False)
+                try:
+                    async with inner(started) as theirs:
+                        self.state.update(theirs or {})
+                        async with self._handling():
+                            yield {**ours, **(theirs or {})}
+                except BaseException:
+                    await self._leave()
+                    raise
+                await self.__aexit__(None, None, None)
 
         app.router.lifespan_context = composed
 

@@ -13,6 +13,7 @@ import weakref
 import zlib
 from collections import deque
 from contextlib import suppress
+from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -97,8 +98,10 @@ class Outbox:
         self._transport: Transport | None = None
         self._address: tuple[tuple[str, bytes], ...] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._context = Context()
         self._thread = 0
         self._scheduled = False
+        self._acknowledged = 0.0
         self._closed: str | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Future[None] | None = None
@@ -168,7 +171,7 @@ class Outbox:
         ours = threading.get_ident() == self._thread
         call_soon = self._loop.call_soon if ours else self._loop.call_soon_threadsafe
         try:
-            call_soon(self._pump)
+            call_soon(self._pump, context=self._context)  # not that of who produces: it would stay
         except RuntimeError as exc:
             msg = "the event loop of the broker was closed without stopping it"
             raise BrokerClosedError(msg) from exc
@@ -180,6 +183,7 @@ class Outbox:
             self._address = tuple(address)
             self._transport = transport
             self._loop = asyncio.get_running_loop()
+            self._context = copy_context()
             self._thread = threading.get_ident()
             self._schedule()
 
@@ -188,10 +192,10 @@ class Outbox:
         """Whether so much waits that `put` refuses what is not urgent."""
         return self._is_full(0)
 
-    def oldest(self) -> float:
-        """Return the seconds that the oldest event has waited for a partition; 0 when none does.
+    def stuck(self) -> float:
+        """Return the seconds without an acknowledgement while something waits for one; else 0.
 
-        One whose topic does not exist says nothing about Kafka.
+        One topic that does not exist, or one partition that takes nothing, is not Kafka.
         """
         if self._loop is None:
             return 0.0
@@ -199,7 +203,10 @@ class Outbox:
         heads = [
             queue[0]._expires for lane in lanes for queue in (lane.queue, lane.sending) if queue
         ]
-        return max(0.0, self._timeout - (min(heads) - self._loop.time())) if heads else 0.0
+        if not heads:
+            return 0.0
+        began = min(heads) - self._timeout
+        return max(0.0, self._loop.time() - max(began, self._acknowledged))
 
     async def room(self) -> None:
         """Return when something more may be put."""
@@ -447,6 +454,8 @@ class Outbox:
 
     def _settle(self, batch: list[Delivery], appended: Appended) -> None:
         timestamp = appended.timestamp / 1000
+        if self._loop is not None:
+            self._acknowledged = self._loop.time()
         for offset, delivery in enumerate(batch, appended.offset):
             if delivery._state is not ENDED:
                 delivery.offset, delivery.timestamp = offset, timestamp

@@ -52,7 +52,13 @@ _DOCUMENTED: Final = {
     "default": "What the service that handles this has answered",
 }
 _SOON, _LATER = 1, 5
-_OPAQUE: Final = frozenset({"handler-failed", "error"})
+_OURS: Final = {
+    "bad-data": "the service that was asked cannot read this",
+    "error": "the service that was asked has failed",
+    "handler-failed": "the service that was asked has failed",
+    "handler-timeout": "the service that was asked took too long",
+}
+"""What is said in place of a detail that names handlers, models and fields of another service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +123,7 @@ _ANSWERS: Final[tuple[tuple[type[BrokerError], int, str, str, int | None], ...]]
 
 
 def _remote(error: RemoteError) -> Problem:
-    detail = error.detail
-    if error.code in _OPAQUE:  # it names the handler's exception
-        detail = "the service that was asked has failed"
+    detail = _OURS.get(error.code, error.detail)
     again = _LATER if error.code == "retry-later" else None
     return Problem(error.status, error.code, detail, again, error.correlation_id)
 

@@ -153,16 +153,20 @@ class Run:
             name: self._dispatchers[name].pulse for name in self._reading if self._handles.is_set()
         }
         pulses = {"replies": self._inbox.pulse, **reading}
-        silent, stuck = now - self._answered, self.outbox.oldest()
+        silent, stuck = now - self._answered, self.outbox.stuck()
+        steady = self.ready and not self.handling_over  # else loops begin or end
+        dead = steady and any(pulse.dead for pulse in pulses.values())
         checks = {
             "life": self._life(now),
             "kafka": Check(silent < SILENCE, silent, "since its last answer"),
-            "outbox": Check(stuck < SILENCE, stuck, f"{len(self.outbox)} events wait"),
+            "outbox": Check(
+                stuck < SILENCE and not self.outbox.full, stuck, f"{len(self.outbox)} events wait"
+            ),
             **{name: pulse.check() for name, pulse in pulses.items()},
         }
         return Health(
             self._settings.module,
-            live=self.failure is None and (self.over or not any(p.dead for p in pulses.values())),
+            live=self.failure is None and not dead,
             ready=all(check.ok for check in checks.values()),
             checks=checks,
         )

@@ -47,8 +47,10 @@ _OURS = frozenset({ORIGIN, FAILURE, ATTEMPT, DUE, GROUP})
 _MAX_PARTITION = 1_000_000
 _MAX_DIGITS = 9
 _ENVELOPE = frozenset({"correlation_id", "event"})
-_TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_MAX_TRACE_STATE = 512
+_TRACE_PARENT = re.compile(
+    rb"(?!ff)[\da-f]{2}-(?!0{32})[\da-f]{32}-(?!0{16})[\da-f]{16}-[\da-f]{2}"  # W3C
+)
+_TRACE_STATE = re.compile(rb"[\x20-\x7e]{1,512}")
 
 
 def encode(event: EventObject[Any], location: str) -> bytes:
@@ -130,7 +132,7 @@ def trace(parent: bytes | None, state: bytes | None) -> Trace:
     """Return the headers with which a trace goes on (W3C Trace Context); none if it is broken."""
     if parent is None or not _TRACE_PARENT.fullmatch(parent):
         return ()
-    if not state or len(state) > _MAX_TRACE_STATE:
+    if not state or not _TRACE_STATE.fullmatch(state):
         return ((TRACE_PARENT, parent),)
     return ((TRACE_PARENT, parent), (TRACE_STATE, state))
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import copy_context
+from contextvars import Context
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from uuid import uuid4
 
@@ -22,8 +22,6 @@ from kafka_broker._slots import DEFAULT, Default
 from kafka_broker.errors import ConfigurationError, OutboxFullError
 
 if TYPE_CHECKING:
-    from contextvars import Context
-
     from kafka_broker._manager import BrokerManager
 
 _LONGEST_POLL: Final = 30.0
@@ -61,13 +59,16 @@ class PendingReplies:
         self._limit = limit
         self._ttl = ttl
         self._path = path.rstrip("/")
-        self._pending: dict[str, asyncio.Task[EventObject[Any]]] = {}
-        self._ended: OrderedDict[str, asyncio.Task[EventObject[Any]]] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[EventObject[Any]]] = {}
+        self._replies: dict[str, asyncio.Future[EventObject[Any]]] = {}
+        self._expires: OrderedDict[str, float] = OrderedDict()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._applications = 0
         self.router: APIRouter = self._make_router()
 
     def __len__(self) -> int:
         """Return how many are pending or kept."""
-        return len(self._pending) + len(self._ended)
+        return len(self._replies)
 
     async def ask(  # noqa: PLR0913  # those of BrokerManager.request
         self,
@@ -87,18 +88,21 @@ class PendingReplies:
             OutboxFullError: as many as the limit are pending, or the outbox is full.
             BrokerClosedError, TypeError: as `BrokerManager.request`, at once.
         """
-        if len(self._pending) >= self._limit:
+        if len(self._asking) >= self._limit:
             raise OutboxFullError(topic, f"{self._limit} replies are pending; raise the limit")
         correlation_id = str(uuid4())
         request = broker.request(
             topic, event, data, timeout=timeout, response=response, correlation_id=correlation_id
         )
-        asking = asyncio.create_task(request, context=_after_the_answer())
-        self._pending[correlation_id] = asking
-        asking.add_done_callback(lambda _: self._keep(correlation_id))
+        context = _after_the_answer()
+        asking = asyncio.create_task(request, context=context)
+        self._asking[correlation_id] = asking
+        self._replies[correlation_id] = asking.get_loop().create_future()
+        asking.add_done_callback(lambda _: self._keep(correlation_id), context=context)
         await asyncio.sleep(0)  # it is sent now, or refused
         if asking.done() and not asking.cancelled() and (error := asking.exception()) is not None:
-            self._pending.pop(correlation_id, None)
+            self._asking.pop(correlation_id, None)
+            self._drop(correlation_id)
             raise error
         return self._accepted(correlation_id)
 
@@ -106,31 +110,63 @@ class PendingReplies:
         return Accepted(correlation_id=correlation_id, location=f"{self._path}/{correlation_id}")
 
     def _keep(self, correlation_id: str) -> None:
-        """Keep what a request has ended in, for a while."""
-        asking = self._pending.pop(correlation_id, None)
-        if asking is None or asking.cancelled():
+        """Keep what a request has ended in, and of its task, which knows its client, nothing."""
+        asking = self._asking.pop(correlation_id, None)
+        reply = self._replies.get(correlation_id)
+        if asking is None or reply is None:
             return
-        asking.exception()  # retrieved: whoever asks for the reply gets it
-        self._ended[correlation_id] = asking
-        if len(self._ended) > self._limit:
-            self._ended.popitem(last=False)
-        asking.get_loop().call_later(self._ttl, self._ended.pop, correlation_id, None)
+        if asking.cancelled():
+            self._drop(correlation_id)
+            return
+        if (error := asking.exception()) is not None:
+            reply.set_exception(error.with_traceback(None))
+            reply.exception()  # retrieved: whoever asks for the reply gets it
+        else:
+            reply.set_result(asking.result())
+        self._expires[correlation_id] = asking.get_loop().time() + self._ttl
+        if len(self._expires) > self._limit:
+            self._drop(next(iter(self._expires)))
+        if self._sweeper is None:
+            self._sweep()
 
-    def _find(self, correlation_id: str) -> asyncio.Task[EventObject[Any]] | None:
-        return self._pending.get(correlation_id) or self._ended.get(correlation_id)
+    def _drop(self, correlation_id: str) -> None:
+        self._expires.pop(correlation_id, None)
+        if (reply := self._replies.pop(correlation_id, None)) is not None:
+            reply.cancel()
+
+    def _sweep(self) -> None:
+        """Drop what is too old; come again for the next one."""
+        loop = asyncio.get_running_loop()
+        self._sweeper = None
+        while self._expires:
+            oldest, expires = next(iter(self._expires.items()))
+            if expires > loop.time():
+                self._sweeper = loop.call_at(expires, self._sweep)
+                return
+            self._drop(oldest)
 
     @asynccontextmanager
     async def _lifespan(self, _: object) -> AsyncIterator[None]:
-        """End with the application: nobody can fetch a reply any more."""
+        """End with the last application: nobody can fetch a reply any more."""
+        self._applications += 1
         try:
             yield
         finally:
-            pending = set(self._pending.values())
-            for asking in pending:
-                asking.cancel()
-            if pending:
-                await asyncio.wait(pending)
-            self._ended.clear()
+            self._applications -= 1
+            if not self._applications:
+                await self._end()
+
+    async def _end(self) -> None:
+        asking = set(self._asking.values())
+        for one in asking:
+            one.cancel()
+        if asking:
+            await asyncio.wait(asking)
+        for correlation_id in list(self._replies):
+            self._drop(correlation_id)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
 
     def _make_router(self) -> APIRouter:
         router = APIRouter(prefix=self._path, tags=["replies"], lifespan=self._lifespan)
@@ -145,57 +181,57 @@ class PendingReplies:
             correlation_id: str, timeout: Annotated[float, Query(ge=0, le=_LONGEST_POLL)] = 0
         ) -> Response:
             """Return the reply, waiting for it up to *timeout* seconds."""
-            asking = self._find(correlation_id)
-            if asking is None:
+            pending = self._replies.get(correlation_id)
+            if pending is None or pending.cancelled():
                 return _problem(_UNKNOWN)
-            await _ended_within(asking, timeout)
-            if not asking.done():
+            await _ended_within(pending, timeout)
+            if not pending.done():
                 return JSONResponse(
                     self._accepted(correlation_id).model_dump(),
                     status_code=202,
                     headers={"retry-after": _RETRY_AFTER},
                 )
-            if asking.cancelled():
+            if pending.cancelled():
                 return _problem(_UNKNOWN)
-            if (error := asking.exception()) is not None:
+            if (error := pending.exception()) is not None:
                 raise error.with_traceback(None)
-            return JSONResponse(asking.result().model_dump(mode="json"))
+            return JSONResponse(pending.result().model_dump(mode="json"))
 
         @router.get("/{correlation_id}/events", response_class=EventSourceResponse)
         async def events(correlation_id: str) -> AsyncIterator[ServerSentEvent]:
             """Send the reply as the event ``reply`` when it is there, or else a ``problem``."""
-            asking = self._find(correlation_id)
-            if asking is not None:
-                await _ended_within(asking, None)
-            yield _event_of(asking)
+            pending = self._replies.get(correlation_id)
+            if pending is not None:
+                await _ended_within(pending, None)
+            yield _event_of(pending)
 
         return router
 
 
 def _after_the_answer() -> Context:
-    """Return a context like this one, in which nobody waits for an answer any more."""
-    context, caller = copy_context(), caller_now.get()
+    """Return a context in which nobody waits for an answer, and that keeps no request alive."""
+    context, caller = Context(), caller_now.get()
     if caller is not None:
         context.run(caller_now.set, caller.served())
     return context
 
 
-async def _ended_within(asking: asyncio.Task[Any], timeout: float | None) -> None:
-    """Wait for a request, but not for longer than there is a client."""
+async def _ended_within(pending: asyncio.Future[Any], timeout: float | None) -> None:
+    """Wait for a reply, but not for longer than there is a client."""
     with client_waits():
-        await asyncio.wait({asking}, timeout=timeout)
+        await asyncio.wait({pending}, timeout=timeout)
 
 
 def _problem(problem: Problem) -> Response:
     return JSONResponse(problem.document(), problem.status, media_type=MEDIA_TYPE)
 
 
-def _event_of(asking: asyncio.Task[EventObject[Any]] | None) -> ServerSentEvent:
-    if asking is None or asking.cancelled():
+def _event_of(pending: asyncio.Future[EventObject[Any]] | None) -> ServerSentEvent:
+    if pending is None or pending.cancelled():
         return ServerSentEvent(event="problem", data=_UNKNOWN.document())
-    error = asking.exception()
+    error = pending.exception()
     if error is None:
-        return ServerSentEvent(event="reply", data=asking.result().model_dump(mode="json"))
+        return ServerSentEvent(event="reply", data=pending.result().model_dump(mode="json"))
     problem = problem_of(error)
     if problem is None:
         raise error.with_traceback(None)
