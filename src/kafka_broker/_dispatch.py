@@ -580,16 +580,21 @@ class Dispatcher:
 
     async def _delivered(self, timeout: float) -> None:
         """Wait until the replies and dead letters of what has ended are in the log."""
+        deadline, waited = self._loop.time() + timeout, set[Delivery]()
+        while new := self._deliveries() - waited:  # one that is too large is followed by another
+            waits = [self._outbox.wait_for(delivery) for delivery in new]
+            await asyncio.wait(waits, timeout=max(0.0, deadline - self._loop.time()))
+            waited |= new
+
+    def _deliveries(self) -> set[Delivery]:
+        """Return what commits wait for."""
         endings = [
-            ending
+            ending.delivery if isinstance(ending, Transfer) else ending
             for partition in self._lanes.partitions.values()
             for work in partition.watermark.pending()
             for ending in work.endings
         ]
-        deliveries = [end.delivery if isinstance(end, Transfer) else end for end in endings]
-        waits = [self._outbox.wait_for(end) for end in deliveries if isinstance(end, Delivery)]
-        if waits:
-            await asyncio.wait(waits, timeout=timeout)
+        return {ending for ending in endings if isinstance(ending, Delivery)}
 
     def _let_go(self) -> None:
         self._lanes.assign(())

@@ -176,11 +176,11 @@ class Run:
             detail = "failed"
         elif self.over:
             detail = "stopped"
-        elif self.stopping:
+        elif self.stopping or self.handling_over:
             detail = "stops"
         else:
             detail = "running" if self._ready else "starts"
-        return Check(detail == "running" and not self.handling_over, now - self._since, detail)
+        return Check(detail == "running", now - self._since, detail)
 
     def _dispatcher(self, topic: str, handle: Handling | Postponed) -> Dispatcher:
         settings = self._settings
