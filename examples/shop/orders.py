@@ -59,12 +59,7 @@ async def page() -> FileResponse:
 @app.post("/orders")
 async def order_now(broker: Broker, order: NewOrder) -> Order:
     """Order, and wait: the answer is the paid order, or the problem of whoever refused."""
-    number = uuid4().hex[:8]
-    try:
-        return await place(broker, number, order)
-    except asyncio.CancelledError:  # the customer has left
-        give_up(broker, number)
-        raise
+    return await place(broker, uuid4().hex[:8], order)
 
 
 @app.post("/orders/later", status_code=202)
@@ -106,7 +101,7 @@ async def place(broker: BrokerManager, number: str, wanted: NewOrder) -> Order:
         reserved = await ask("Stock", "item.reserve", reserve, Reserved)
         charge = Charge(order=number, card=wanted.card, amount=reserved.total)
         receipt = await ask("Payments", "card.charge", charge, Receipt)
-    except (RequestError, DeliveryError):
+    except (asyncio.CancelledError, RequestError, DeliveryError):  # the customer may have left
         give_up(broker, number)
         raise
     return Order(

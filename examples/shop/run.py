@@ -36,7 +36,7 @@ def say(line: str) -> None:
     print(f"shop: {line}", flush=True)
 
 
-class Service:
+class ServiceProcess:
     """One service in a process of its own; what it prints goes to a file."""
 
     def __init__(self, name: str, command: list[str], ready: str, logs: Path, kafka: str) -> None:
@@ -111,12 +111,12 @@ def on_kafka(kafka: str, *, demo: bool) -> None:
     say(f"Kafka is at {kafka}")
     serving = ["-m", "uvicorn", "orders:app", "--port", "0"]
     serving += ["--timeout-graceful-shutdown", str(CUT_AFTER)]
-    started: list[Service] = []
+    started: list[ServiceProcess] = []
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        def start(name: str, command: list[str], ready: str) -> Service:
-            service = Service(name, command, ready, logs, kafka)
+        def start(name: str, command: list[str], ready: str) -> ServiceProcess:
+            service = ServiceProcess(name, command, ready, logs, kafka)
             stack.callback(service.stop)
             started.append(service)
             return service
@@ -148,9 +148,9 @@ def on_kafka(kafka: str, *, demo: bool) -> None:
 async def in_memory(*, demo: bool) -> None:
     """Run the same services as tasks of this process."""
     os.environ["KAFKA_BROKER_BOOTSTRAP_SERVERS"] = "memory://"
-    import orders  # noqa: PLC0415 - reads its settings from the environment
-    import payments  # noqa: PLC0415 - not needed in this process otherwise
-    import stock  # noqa: PLC0415 - the same
+    import orders  # noqa: PLC0415  # reads its settings from the environment
+    import payments  # noqa: PLC0415  # not needed in this process otherwise
+    import stock  # noqa: PLC0415  # the same
 
     server = uvicorn.Server(
         uvicorn.Config(orders.app, log_level="warning", timeout_graceful_shutdown=CUT_AFTER)

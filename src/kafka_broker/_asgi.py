@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from kafka_broker import _problems, _wire
-from kafka_broker._caller import Caller, Receive, Scope, Send
+from kafka_broker._caller import Caller, Receive, Scope, Send, trace_now
 from kafka_broker.errors import RemoteError
 
 if TYPE_CHECKING:
@@ -46,12 +46,16 @@ class BrokerMiddleware:
     Args:
         app: what it is put around.
         problems: whether errors are answered; without it they go on to the server.
+
+    Attributes:
+        offered: state for requests that come without that of the lifespan, as from a client in
+            tests; what a request brings along wins.
     """
 
     def __init__(self, app: ASGIApp, *, problems: bool = True) -> None:
         self.app = app
         self.problems = problems
-        self.state: dict[str, Any] = {}
+        self.offered: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI asks for."""
@@ -60,18 +64,23 @@ class BrokerMiddleware:
         elif _KEY in scope:  # of an application that this one is mounted in
             await self._answer(scope, receive, send, scope[_KEY])
         else:
-            if self.state:  # a test's client may know nothing of the lifespan's state
-                scope["state"] = {**self.state, **scope.get("state", {})}
-            headers = scope["headers"]
-            shy = any(name == b"expect" for name, _ in headers)  # 100-continue
-            async with Caller(receive, send, _trace_of(headers), shy=shy) as caller:
+            if self.offered:  # a test's client may know nothing of the lifespan's state
+                scope["state"] = {**self.offered, **scope.get("state", {})}
+            await self._answer_caller(scope, receive, send)
+
+    async def _answer_caller(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = scope["headers"]
+        expects_continue = any(name == b"expect" for name, _ in headers)
+        token = trace_now.set(_trace_of(headers))
+        try:
+            async with Caller(receive, send, expects_continue=expects_continue) as caller:
                 scope[_KEY] = caller
-                try:
-                    await self._answer(scope, caller.receive, caller.send, caller)
-                finally:
-                    del scope[_KEY]  # whoever is outside may use it again
-            if caller.left and scope["type"] == "http":
-                await _answer_nobody(scope, caller)
+                await self._answer(scope, caller.receive, caller.send, caller)
+        finally:
+            trace_now.reset(token)
+            scope.pop(_KEY, None)  # whoever is outside may use it again
+        if caller.cancelled and scope["type"] == "http":
+            await _answer_nobody(scope, caller)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         try:
@@ -91,8 +100,10 @@ class BrokerMiddleware:
 def _log(scope: Scope, problem: Problem, error: Exception) -> None:
     level = logging.WARNING if problem.status >= _SERVER_ERRORS else logging.INFO
     # what a handler says in its refusal may quote its data
-    cause = error.correlation_id if isinstance(error, RemoteError) else error
-    _logger.log(level, "%s is answered with %s: %s", _exchange(scope), _summary(problem), cause)
+    cause = type(error).__name__ if isinstance(error, RemoteError) else error
+    asked = f" (correlation id {problem.correlation_id})" if problem.correlation_id else ""
+    told = _summary(problem)
+    _logger.log(level, "%s is answered with %s: %s%s", _exchange(scope), told, cause, asked)
 
 
 def _exchange(scope: Scope) -> str:
@@ -158,34 +169,43 @@ class _Documented:
         return schema
 
 
-def surround(app: Any, *, problems: bool) -> None:
+def surround(app: Any, *, problems: bool) -> BrokerMiddleware | None:
     """Put `BrokerMiddleware` around the routes of a Starlette or FastAPI application, once.
 
     Also around those of the applications that are mounted in it, which catch their own errors; what
     is wrapped in something else is not found. It is put inside of the application's exception
     handlers, which therefore come first, and works although the application has started.
+
+    Returns:
+        What is around the routes now; None if *app* is of another framework.
     """
-    stack: Any = getattr(getattr(app, "router", None), "middleware_stack", None)
-    if stack is not None and not isinstance(stack, BrokerMiddleware):
-        app.router.middleware_stack = BrokerMiddleware(stack, problems=problems)
-    openapi: Any = getattr(app, "openapi", None)
-    if stack is not None and problems and openapi and not isinstance(openapi, _Documented):
-        app.openapi = _Documented(openapi)
     routes = getattr(app, "routes", None)
     for route in routes if isinstance(routes, list) else ():
         surround(getattr(route, "app", None), problems=problems)
+    stack: Any = getattr(getattr(app, "router", None), "middleware_stack", None)
+    if stack is None:
+        return None
+    openapi: Any = getattr(app, "openapi", None)  # of FastAPI
+    if problems and openapi and not isinstance(openapi, _Documented):
+        app.openapi = _Documented(openapi)
+    if isinstance(stack, BrokerMiddleware):
+        return stack
+    app.router.middleware_stack = added = BrokerMiddleware(stack, problems=problems)
+    return added
 
 
 @contextmanager
-def surrounding(app: Any, state: Mapping[str, Any], *, problems: bool) -> Iterator[None]:
-    """Be around the routes of an application that runs, and offer *state* to its requests."""
-    surround(app, problems=problems)
-    stack: Any = getattr(getattr(app, "router", None), "middleware_stack", None)
-    offered = stack.state if isinstance(stack, BrokerMiddleware) else {}
-    for name, value in state.items():
-        offered.setdefault(name, value)
+def surrounding(app: Any, state: Mapping[str, Any], *, problems: bool) -> Iterator[dict[str, Any]]:
+    """Be around the routes of an application that runs, and offer *state* to its requests.
+
+    Yields what is offered under those names: of several brokers the first remains the first.
+    """
+    middleware = surround(app, problems=problems)
+    offered = {} if middleware is None else middleware.offered
+    added = {name: value for name, value in state.items() if name not in offered}
+    offered.update(added)
     try:
-        yield
+        yield {name: offered[name] for name in state}
     finally:
-        for name in state:
-            offered.pop(name, None)
+        for name in added:  # the others are of a broker that runs on
+            del offered[name]

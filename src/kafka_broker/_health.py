@@ -58,29 +58,29 @@ class Pulse:
     def __init__(self, now: Callable[[], float], grace: float = 0.0) -> None:
         self._now = now
         self._grace = grace
-        self._round = self._read = self._since = now()
+        self._round_at = self._read_at = self._changed_at = now()
         self._partitions: int | None = None
-        self._begun = False
+        self._had_partitions = False
         self._pausing = False
 
     def goes_round(self) -> None:
         """Note that the loop is at its beginning."""
-        self._round = self._now()
+        self._round_at = self._now()
 
     def has_read(self) -> None:
         """Note that a fetch has ended well, be it with nothing."""
-        self._round = self._read = self._now()
+        self._round_at = self._read_at = self._now()
 
     def has_partitions(self, number: int) -> None:
         """Note an assignment."""
-        self._begun = True
-        self._partitions, self._since = number, self._now()
+        self._had_partitions = True
+        self._partitions, self._changed_at = number, self._now()
         self.has_read()
 
     def has_none(self) -> None:
-        """Note that the partitions move, or that what was read is broken."""
+        """Note that it has none now: they move, or what it reads with broke and is replaced."""
         if self._partitions is not None:
-            self._partitions, self._since = None, self._now()
+            self._partitions, self._changed_at = None, self._now()
 
     def pauses(self, *, pausing: bool) -> None:
         """Note whether it waits until there is room for what it would read."""
@@ -90,16 +90,16 @@ class Pulse:
     @property
     def dead(self) -> bool:
         """Whether it should have gone round long ago."""
-        return not self._pausing and self._now() - self._round > _DEAD + self._grace
+        return not self._pausing and self._now() - self._round_at > _DEAD + self._grace
 
     def check(self) -> Check:
         """Return how it is."""
         now = self._now()
         if self._partitions is None:
-            age = now - self._since
-            moving = self._begun and age < self._grace
+            age = now - self._changed_at
+            moving = self._had_partitions and age < self._grace
             return Check(moving, age, "its partitions move" if moving else "it has no partitions")
-        age = now - self._read
+        age = now - self._read_at
         if self._pausing:
             return Check(ok=True, age=age, detail="waits for handlers before it reads on")
         what = f"reads {self._partitions} partitions" if self._partitions else "stands by"

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from kafka_broker import _asgi, _wire
-from kafka_broker._caller import caller_now
+from kafka_broker._caller import at_most, trace_now
 from kafka_broker._dead_letters import DeadLetter, read_dead_letters, replay
 from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
 from kafka_broker._handler import INJECTED, Payload
@@ -295,8 +295,7 @@ class BrokerManager:
         if not (isinstance(seconds, (int, float)) and 0 < seconds < math.inf):
             msg = f"request() needs a timeout in seconds, more than 0; got {seconds!r}"
             raise ConfigurationError(msg)
-        caller = caller_now.get()
-        return seconds if caller is None else min(seconds, caller.remaining())
+        return at_most(seconds)
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
         """Yield what is in this module's dead-letter topic now; it stays there.
@@ -495,8 +494,7 @@ class BrokerManager:
             app: a Starlette or FastAPI application; another one only runs the broker.
             problems: whether errors that a route raises become HTTP problem answers.
         """
-        state = self._app_state()
-        with _asgi.surrounding(app, state, problems=problems):
+        with _asgi.surrounding(app, self._app_state(), problems=problems) as state:
             async with self:
                 yield state
 
@@ -519,18 +517,18 @@ class BrokerManager:
 
         @asynccontextmanager
         async def composed(started: Any) -> AsyncIterator[dict[str, Any]]:
-            ours = self._app_state()
-            with _asgi.surrounding(app, ours, problems=problems):  # also what was mounted since
-                await self._enter(handling=False)
-                try:
-                    async with inner(started) as theirs:
-                        self.state.update(theirs or {})
+            await self._enter(handling=False)
+            try:
+                async with inner(started) as theirs:
+                    self.state.update(theirs or {})
+                    state = {**self._app_state(), **(theirs or {})}
+                    with _asgi.surrounding(app, state, problems=problems):  # what came since, too
                         async with self._handling():
-                            yield {**ours, **(theirs or {})}
-                except BaseException:
-                    await self._leave()
-                    raise
-                await self.__aexit__(None, None, None)
+                            yield state
+            except BaseException:
+                await self._leave()
+                raise
+            await self.__aexit__(None, None, None)
 
         app.router.lifespan_context = composed
 
@@ -549,10 +547,8 @@ class _Started:
 
 def _trace() -> _wire.Trace:
     """Return the trace headers of the event, or else the client, that the code here works for."""
-    work, caller = handled_now.get(), caller_now.get()
-    if work is not None:
-        return _wire.trace_of(work.record)
-    return () if caller is None else caller.trace
+    work = handled_now.get()
+    return trace_now.get() if work is None else _wire.trace_of(work.record)
 
 
 def _hold_back(delivery: Delivery) -> None:

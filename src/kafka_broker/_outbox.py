@@ -37,6 +37,9 @@ _logger = logging.getLogger("kafka_broker.outbox")
 BATCH_BYTES: Final = 64 * 1024
 _BACKOFF: Final = (0.05, 1.0)
 _LOOK_AGAIN: Final = 60.0
+_NO_TOPIC: Final = (
+    "the topic does not exist: no module of this name has started on this Kafka (case matters)"
+)
 _NOT_TAKEN: Final = "Kafka has not taken it yet"
 
 
@@ -101,7 +104,7 @@ class Outbox:
         self._context = Context()
         self._thread = 0
         self._scheduled = False
-        self._acknowledged = 0.0
+        self._acknowledged_at = 0.0
         self._closed: str | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Future[None] | None = None
@@ -206,7 +209,7 @@ class Outbox:
         if not heads:
             return 0.0
         began = min(heads) - self._timeout
-        return max(0.0, self._loop.time() - max(began, self._acknowledged))
+        return max(0.0, self._loop.time() - max(began, self._acknowledged_at))
 
     async def room(self) -> None:
         """Return when something more may be put."""
@@ -378,7 +381,7 @@ class Outbox:
         except BrokerUnavailableError as exc:
             topic.reason = str(exc)
             return 0
-        topic.reason = "the topic does not exist" if not count else ""
+        topic.reason = "" if count else _NO_TOPIC
         return count
 
     def _release(self, topic: _Topic) -> None:
@@ -455,7 +458,7 @@ class Outbox:
     def _settle(self, batch: list[Delivery], appended: Appended) -> None:
         timestamp = appended.timestamp / 1000
         if self._loop is not None:
-            self._acknowledged = self._loop.time()
+            self._acknowledged_at = self._loop.time()
         for offset, delivery in enumerate(batch, appended.offset):
             if delivery._state is not ENDED:
                 delivery.offset, delivery.timestamp = offset, timestamp

@@ -52,13 +52,14 @@ _DOCUMENTED: Final = {
     "default": "What the service that handles this has answered",
 }
 _SOON, _LATER = 1, 5
-_OURS: Final = {
+"""Seconds of ``Retry-After``: until some room is made, and until something is up again."""
+_DETAILS: Final = {
     "bad-data": "the service that was asked cannot read this",
     "error": "the service that was asked has failed",
     "handler-failed": "the service that was asked has failed",
     "handler-timeout": "the service that was asked took too long",
 }
-"""What is said in place of a detail that names handlers, models and fields of another service."""
+"""By code: what is said in place of a detail that names handlers, models and fields elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,9 @@ _ANSWERS: Final[tuple[tuple[type[BrokerError], int, str, str, int | None], ...]]
 
 
 def _remote(error: RemoteError) -> Problem:
-    detail = _OURS.get(error.code, error.detail)
+    if error.code == "bad-data":  # this service has sent it, not its client
+        return Problem(502, error.code, _DETAILS[error.code], None, error.correlation_id)
+    detail = _DETAILS.get(error.code, error.detail)
     again = _LATER if error.code == "retry-later" else None
     return Problem(error.status, error.code, detail, again, error.correlation_id)
 

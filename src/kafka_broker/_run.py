@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("kafka_broker.life")
 
 _BACKOFF: Final = (0.1, 2.0)
-_ASK: Final = (3.0, 0.5)
-"""Seconds between two questions whether Kafka is there: after an answer, and without one."""
+_ASK_EVERY: Final = 3.0
+"""Seconds between an answer of Kafka's and the next question whether it is there."""
+_ASK_AGAIN: Final = 0.5
+"""The same after a question that was not answered: perhaps it was one node of several."""
 _ANSWER_WITHIN: Final = 2.0
 STOPPED: Final = "the broker was stopped"
 
@@ -107,7 +109,8 @@ class Run:
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._watched: set[asyncio.Future[Any]] = set()
         self._drained: asyncio.Future[list[None]] | None = None
-        self._since = self._answered = self.loop.time()
+        self._changed_at = self._answered_at = self.loop.time()
+        self._away = False
         self._task = self.loop.create_task(
             self._supervise(), name=f"kafka_broker {settings.module}"
         )
@@ -143,7 +146,7 @@ class Run:
     def request_stop(self) -> None:
         """Begin to stop; returns at once."""
         if not self.stopping:
-            self._since = self.loop.time()
+            self._changed_at = self.loop.time()
         self._stopping.set()
 
     def health(self) -> Health:
@@ -153,7 +156,7 @@ class Run:
             name: self._dispatchers[name].pulse for name in self._reading if self._handles.is_set()
         }
         pulses = {"replies": self._inbox.pulse, **reading}
-        silent, stuck = now - self._answered, self.outbox.stuck()
+        silent, stuck = now - self._answered_at, self.outbox.stuck()
         steady = self.ready and not self.handling_over  # else loops begin or end
         dead = steady and any(pulse.dead for pulse in pulses.values())
         checks = {
@@ -180,7 +183,7 @@ class Run:
             detail = "stops"
         else:
             detail = "running" if self._ready else "starts"
-        return Check(detail == "running", now - self._since, detail)
+        return Check(detail == "running", now - self._changed_at, detail)
 
     def _dispatcher(self, topic: str, handle: Handling | Postponed) -> Dispatcher:
         settings = self._settings
@@ -216,8 +219,10 @@ class Run:
                 self._after = None
                 self._storage.open()
             if await self._until_stopping(self._start()):
-                self._ready, self._since = True, self.loop.time()
+                self._ready, self._changed_at = True, self.loop.time()
                 self.started.set_result(None)
+                name, servers = self._settings.module, self._settings.bootstrap_servers
+                _logger.info("%s has started on %s", name, servers)
                 await self._watch()
         except BaseException as exc:  # noqa: BLE001  # kept for whoever waits
             self._note(exc)
@@ -290,7 +295,7 @@ class Run:
         if self._handles.is_set():
             for dispatcher in self._dispatchers.values():
                 await dispatcher.open()
-        self._answered = self.loop.time()
+        self._answered_at = self.loop.time()
         self._replies = [
             self.loop.create_task(self._inbox.run(self.transport)),
             self.loop.create_task(self._ask_regularly()),
@@ -312,11 +317,19 @@ class Run:
             try:
                 async with asyncio.timeout(_ANSWER_WITHIN):
                     await self.transport.partitions(self._inbox.topic)
-            except (TimeoutError, BrokerUnavailableError):
-                await asyncio.sleep(_ASK[1])  # perhaps it was one node of several
+            except (TimeoutError, BrokerUnavailableError) as exc:
+                silent = self.loop.time() - self._answered_at
+                if silent > SILENCE and not self._away:
+                    self._away = True
+                    reason = str(exc) or "silence"
+                    _logger.error("Kafka has not answered for %.0f s: %s", silent, reason)  # noqa: TRY400  # an outage is no bug
+                await asyncio.sleep(_ASK_AGAIN)
             else:
-                self._answered = self.loop.time()
-                await asyncio.sleep(_ASK[0])
+                self._answered_at = self.loop.time()
+                if self._away:
+                    self._away = False
+                    _logger.warning("Kafka answers again")
+                await asyncio.sleep(_ASK_EVERY)
 
     async def _ensure_topics(self) -> None:
         settings = self._settings

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from kafka_broker import _wire
-from kafka_broker._caller import caller_now, client_waits
+from kafka_broker._caller import at_most, while_client_waits
 from kafka_broker._event import PENDING, EventObject
 from kafka_broker._slots import DEFAULT, Arrival, Default, Slot
 from kafka_broker.errors import (
@@ -70,7 +70,7 @@ class ConsumerStorage:
         """
         while True:
             self._check_open()
-            with client_waits():
+            with while_client_waits():
                 await self._news.wait()
             if await self.poll():
                 return True
@@ -161,14 +161,12 @@ class ConsumerStorage:
         """Return how long to wait: no longer than the client that is answered here does."""
         if isinstance(timeout, Default):
             timeout = self._timeout
-        seconds = math.inf if timeout is None else timeout
-        caller = caller_now.get()
-        return seconds if caller is None else min(seconds, caller.remaining())
+        return at_most(math.inf if timeout is None else timeout)
 
     async def collect(self, slot: Slot) -> EventObject[Any]:
         """Wait for what comes into *slot*, close it, and return the event; raises as `consume`."""
         try:
-            with client_waits():
+            with while_client_waits():
                 arrival = await slot
         except asyncio.CancelledError:
             self.release(slot)

@@ -30,7 +30,7 @@ class WatchedProcess:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         program = f"{_WATCH_IMPORTS}\n{inspect.getsource(_watch)}\n_watch(sys.argv[1])"
-        self._watchdog = subprocess.Popen(  # noqa: S603 - our own program
+        self._watchdog = subprocess.Popen(  # noqa: S603  # our own program
             [sys.executable, "-I", "-S", "-c", program, os.fspath(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -119,7 +119,7 @@ def _watch(directory: str) -> None:  # pragma: no cover - runs in the watchdog p
             verb, *rest = json.loads(line)
             if verb == "start":
                 with Path(directory, "output.log").open("wb") as output:
-                    child = subprocess.Popen(  # noqa: S603 - what our owner asks for
+                    child = subprocess.Popen(  # noqa: S603  # what our owner asks for
                         rest,
                         cwd=directory,
                         stdin=subprocess.DEVNULL,

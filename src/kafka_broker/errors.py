@@ -109,7 +109,7 @@ class ReplyTimeoutError(RequestError, TimeoutError):
     """
 
     def __init__(self, correlation_id: str, timeout: float) -> None:
-        super().__init__(f"no reply to {correlation_id} within {timeout:g} s", correlation_id)
+        super().__init__(f"no reply to {correlation_id} within {timeout:.3g} s", correlation_id)
         self.timeout = timeout
 
 

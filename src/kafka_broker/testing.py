@@ -128,8 +128,8 @@ def _kafka_container() -> KafkaContainer:
     KafkaContainer can start Confluent's images only, not ``apache/kafka``.
     """
     try:
-        from testcontainers.community.kafka import KafkaContainer  # noqa: PLC0415 - optional
-        from testcontainers.core.docker_client import DockerClient  # noqa: PLC0415 - optional
+        from testcontainers.community.kafka import KafkaContainer  # noqa: PLC0415  # optional
+        from testcontainers.core.docker_client import DockerClient  # noqa: PLC0415  # optional
     except ImportError as exc:
         raise NoKafkaError("Docker: the Python package testcontainers is not installed") from exc
     try:

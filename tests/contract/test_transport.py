@@ -34,7 +34,7 @@ def build(bootstrap_servers: str) -> Transport:
     )
     if bootstrap_servers.startswith("memory://"):
         return MemoryTransport(settings)
-    from kafka_broker._transport.kafka import KafkaTransport  # noqa: PLC0415 - needs aiokafka
+    from kafka_broker._transport.kafka import KafkaTransport  # noqa: PLC0415  # needs aiokafka
 
     return KafkaTransport(settings)
 
@@ -673,7 +673,7 @@ async def lose_session(transport: Any, servers: str, member: Member) -> None:
     if servers.startswith("memory://"):
         cluster(servers.removeprefix("memory://")).expel(transport._settings.group_id)
         return
-    from aiokafka.protocol.group import LeaveGroupRequest  # noqa: PLC0415 - needs aiokafka
+    from aiokafka.protocol.group import LeaveGroupRequest  # noqa: PLC0415  # needs aiokafka
 
     subscription: Any = member.subscription
     coordinator = subscription._consumer._coordinator

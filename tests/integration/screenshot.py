@@ -61,7 +61,7 @@ def main(target: Path) -> int:
             use(page)
             print_page(page, printed)
         drawn = Path(directory) / "page.svg"
-        subprocess.run([poppler, "-svg", printed, drawn], check=True)  # noqa: S603 - found above
+        subprocess.run([poppler, "-svg", printed, drawn], check=True)  # noqa: S603  # found above
         text = drawn.read_text()
     target.write_text(smaller(text))
     print(f"{target}: {target.stat().st_size} bytes")

@@ -53,7 +53,7 @@ class Shop:
 @contextmanager
 def running_shop(**environment: str) -> Iterator[Shop]:
     """Run the shop in a ``with``."""
-    with subprocess.Popen(  # noqa: S603 - our own program
+    with subprocess.Popen(  # noqa: S603  # our own program
         [sys.executable, "-u", RUN],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,

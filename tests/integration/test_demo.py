@@ -16,7 +16,7 @@ REPLY = re.compile(r"^  mug +12  R-[0-9a-f]{8} +[\d.]+ ms +[\d.]+ ms +[\d.]+ ms$
 
 
 def demo(**environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 - our own program
+    return subprocess.run(  # noqa: S603  # our own program
         [sys.executable, RUN, "--demo"],
         env={**os.environ, **environment},
         capture_output=True,

@@ -128,7 +128,7 @@ class Process:
 
     def __init__(self, command: list[str], environment: dict[str, str], directory: Path) -> None:
         path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(  # noqa: S603 - our own programs, and servers for them
+        self._process = subprocess.Popen(  # noqa: S603  # our own programs, and servers for them
             [sys.executable, "-u", *command],
             cwd=directory,
             env={**os.environ, "PYTHONPATH": path, **environment},
@@ -196,7 +196,7 @@ class Process:
 def family(leader: int) -> list[int]:
     """Return the processes of a group that have not ended."""
     listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,pgid=,stat="],  # noqa: S607 - wherever it is
+        ["ps", "-A", "-o", "pid=,pgid=,stat="],  # noqa: S607  # wherever it is
         capture_output=True,
         text=True,
         check=True,
@@ -208,7 +208,7 @@ def family(leader: int) -> list[int]:
 async def until(what: str, condition: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while not await condition():  # noqa: ASYNC110 - nobody calls back
+            while not await condition():  # noqa: ASYNC110  # nobody calls back
                 await asyncio.sleep(LOOK_AGAIN)
             return
     pytest.fail(f"not within {seconds:g} s: {what}")

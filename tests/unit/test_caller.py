@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -1337,3 +1337,29 @@ async def test_an_error_after_a_websocket_was_closed_goes_on() -> None:
     with pytest.raises(NoHandlerError):
         await exchange.end()
     assert "websocket.close" == exchange.sent[-1]["type"]
+
+
+async def test_nobody_reads_after_the_end_for_a_task_that_still_waits() -> None:
+    """Also where a server answers a read that was cancelled with a message."""
+    reads, begun, over = 0, asyncio.Event(), asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        nonlocal reads
+        reads += 1
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await over.wait()
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(_: Any) -> None: ...
+
+    async def wait_in(caller: Caller) -> None:
+        with caller.waiting():
+            await over.wait()
+
+    async with Caller(receive, send) as caller:
+        waiting = asyncio.create_task(wait_in(caller))
+        await begun.wait()
+    over.set()
+    await waiting
+    assert (1, None) == (reads, caller._ahead)

@@ -46,7 +46,7 @@ class Card(BaseModel):
     number: str
 
 
-class Boom(Exception):  # noqa: N818 - it stands for any
+class Boom(Exception):  # noqa: N818  # it stands for any
     pass
 
 
@@ -154,7 +154,7 @@ plain = inspect.Parameter("x", inspect.Parameter.KEYWORD_ONLY, default=1, annota
 print(is_dependency(plain), sorted({"fast_depends", "fastapi"} & sys.modules.keys()))
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - ours
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  # ours
     assert "False []\n" == done.stdout
 
 
@@ -200,7 +200,7 @@ async def test_fastapis_alias_of_the_broker_is_the_broker() -> None:
 async def test_a_dependency_gives_the_handler_its_value() -> None:
     """Functions, generators, methods, classes, partials, objects; with Annotated or as default."""
 
-    async def handler(  # noqa: PLR0913 - one of each
+    async def handler(  # noqa: PLR0913  # one of each
         *,
         a: Annotated[str, Depends(session)],
         b: Annotated[int, Depends(PAGE)],
@@ -499,7 +499,7 @@ async def test_a_cancel_before_a_plain_dependency_opens() -> None:
     limiter = anyio.CapacityLimiter(1)
     async with limiter:
         task = asyncio.create_task(solved(compiled(handler), limiter))
-        while limiter.statistics().tasks_waiting == 0:  # noqa: ASYNC110 - nobody tells
+        while limiter.statistics().tasks_waiting == 0:  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0)
         await cancelled(task)
     assert ["open", "CancelledError", "close"] == log
@@ -592,7 +592,7 @@ def test_an_event_with_a_type_is_not_given() -> None:
 def test_other_mistakes_are_named() -> None:
     """Each is found when the handler is bound."""
 
-    def bare(it):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - as users write
+    def bare(it):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  # as users write
         ...
 
     def twice(it: Annotated[str, Depends(session)] = Depends(session)) -> None: ...

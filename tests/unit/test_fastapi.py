@@ -147,6 +147,24 @@ def test_several_brokers_of_init_consumer_app() -> None:
         assert "Audit" == client.get("/audit").json()
 
 
+async def test_a_client_without_the_state_gets_the_same_brokers() -> None:
+    """Where the transport does not pass it on: `Broker` is the first one, as long as it runs."""
+    app, web = FastAPI(), a_broker()
+    web.init_consumer_app(app)
+    a_broker("Audit").init_consumer_app(app)
+    app.add_api_route("/first", module_of)
+    app.add_api_route("/audit", module_of_audit)
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with app.router.lifespan_context(app):
+            answers = [(await client.get(path)).json() for path in ("/first", "/audit")]
+            assert ["Web", "Audit"] == answers
+        async with web.lifespan(app):
+            async with a_broker("Audit").lifespan(app):
+                pass
+            assert "Web" == (await client.get("/first")).json()
+
+
 def test_several_brokers_of_a_composed_lifespan() -> None:
     """By the names of their modules, or by keys of its own."""
     web, audit, third = a_broker(), a_broker("Audit"), a_broker("Third")
@@ -176,8 +194,8 @@ def test_several_brokers_of_a_composed_lifespan() -> None:
 
 def test_the_dependency_can_be_overridden() -> None:
     """By its function, which is the same one for the same name; no lifespan has to run then."""
-    assert broker_from() is broker_from()
-    assert broker_from("Audit") is broker_from("Audit")
+    assert broker_from() is broker_from(None) is broker_from(name=None)
+    assert broker_from("Audit") is broker_from(name="Audit")
     app = FastAPI()
     app.add_api_route("/", module_of)
     app.add_api_route("/audit", module_of_audit)
@@ -204,6 +222,32 @@ def test_without_its_broker_an_application_says_what_to_do(
     assert (503, "closed") == (answer.status_code, answer.json()["code"])
     assert "init_consumer_app" not in answer.text
     assert "init_consumer_app" in caplog.text
+
+
+def test_a_name_that_no_broker_has_is_told_with_those_that_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A typing mistake needs no other advice."""
+    app = FastAPI(lifespan=a_broker().lifespan)
+    app.add_api_route("/", module_of_audit)
+    with TestClient(app) as client:
+        assert 503 == client.get("/").status_code
+    assert "no broker 'Audit' runs with this application, but Web" in caplog.text
+
+
+async def test_of_two_nested_lifespans_the_first_broker_is_the_default() -> None:
+    """Also where the state of the second is merged over that of the first."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        async with a_broker().lifespan(app) as first, a_broker("Audit").lifespan(app) as second:
+            yield {**first, **second}
+
+    app = FastAPI(lifespan=lifespan)
+    async with app.router.lifespan_context(app) as state:
+        assert state is not None
+        assert "Web" == state["broker"].settings.module
+        assert {"broker", "broker:Web", "broker:Audit"} == set(state)
 
 
 # Deadlines

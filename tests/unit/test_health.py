@@ -510,7 +510,9 @@ async def test_probes_of_an_application_without_a_broker_are_unavailable() -> No
     """It was forgotten, or its lifespan does not run; better told than healthy."""
     app = probed()
     for path in ("/livez", "/readyz"):
-        assert (503, {"status": "unavailable", "brokers": []}) == await probe(app, path, {})
+        status, body = await probe(app, path, {})
+        assert (503, "unavailable", []) == (status, body["status"], body["brokers"])
+        assert "no broker runs with this application" == body["detail"]
 
 
 def test_probes_answer_a_test_client() -> None:

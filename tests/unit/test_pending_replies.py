@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-from fastapi import FastAPI
 from pydantic import BaseModel
-from tests.unit.test_caller import Exchange, Web
+from tests.unit.test_caller import Exchange
 from tests.unit.test_engine import Works, leaves_nothing, until
+from tests.unit.test_fastapi import Serving
 
 from kafka_broker import BrokerManager, EventObject, Reject
 from kafka_broker.errors import BrokerClosedError, ConfigurationError, OutboxFullError
 from kafka_broker.fastapi import Accepted, Broker, PendingReplies
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator
 
     from kafka_broker._delivery import Delivery
 
@@ -31,27 +31,19 @@ class Receipt(BaseModel):
     number: int
 
 
-class Later(Web):
+class Later(Serving):
     """An application whose route answers 202, and its client."""
-
-    client: httpx2.AsyncClient
 
     def __init__(self, works: Works, **limits: Any) -> None:
         super().__init__(works)
         self.replies = PendingReplies(**limits)
-        self.app = FastAPI()
-        self.broker.init_consumer_app(self.app)
         self.app.include_router(self.replies.router)
         self.app.add_api_route("/ask/{event}", self._ask, methods=["POST"], status_code=202)
-        self.state: Mapping[str, Any] | None = None
 
     async def _ask(
         self, broker: Broker, event: str, data: int = 0, timeout: float = 1000
     ) -> Accepted:
         return await self.replies.ask(broker, "Works", event, data, timeout=timeout)
-
-    async def served(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.app({**scope, "state": dict(self.state or {})}, receive, send)
 
     async def ask_later(self, event: str = "wait", **params: Any) -> str:
         """Ask, and return the location of the reply."""

@@ -69,7 +69,7 @@ ROWS: dict[str, list[tuple[BrokerError, int | None, str, str | None]]] = {
             None,
         ),
         (RemoteError("an-id", status=500, code="error", detail=SECRET), 500, "error", None),
-        (RemoteError("an-id", status=422, code="bad-data", detail=SECRET), 422, "bad-data", None),
+        (RemoteError("an-id", status=422, code="bad-data", detail=SECRET), 502, "bad-data", None),
         (
             RemoteError("an-id", status=504, code="handler-timeout", detail=SECRET),
             504,
@@ -401,7 +401,7 @@ async def test_the_routes_of_a_mounted_application_are_answered(
         (RetryLater(100), 503, "retry-later", "another try is possible in 100 s"),
         (
             EventDecodeError("secret"),
-            422,
+            502,
             "bad-data",
             "the service that was asked cannot read this",
         ),
@@ -450,7 +450,7 @@ async def test_what_nobody_handles_is_502() -> None:
 
 @virtual
 async def test_the_log_has_the_reason_and_no_payload(caplog: pytest.LogCaptureFixture) -> None:
-    """Of ours the text, of another service's refusal the correlation id."""
+    """Of ours the text, of another service's refusal the class; and the correlation id."""
     caplog.set_level(logging.DEBUG, "kafka_broker.http")
     await exchanged(raising(BrokerUnavailableError(SECRET)))
     await exchanged(
@@ -459,7 +459,7 @@ async def test_the_log_has_the_reason_and_no_payload(caplog: pytest.LogCaptureFi
     told = [(one.levelname, one.getMessage()) for one in caplog.records]
     assert [
         ("WARNING", f"POST / is answered with 503 unavailable: {SECRET}"),
-        ("INFO", "POST / is answered with 409 twice: an-id"),
+        ("INFO", "POST / is answered with 409 twice: RemoteError (correlation id an-id)"),
     ] == told
 
 

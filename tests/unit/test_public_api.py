@@ -55,7 +55,7 @@ print(json.dumps({
 def after_import() -> dict[str, Any]:
     """Import the package in a new process that writes no bytecode; return what happened."""
     command = [sys.executable, "-B", "-c", IMPORT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - ours
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  # ours
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 

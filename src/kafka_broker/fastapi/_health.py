@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -32,16 +32,20 @@ async def readyz(request: Request) -> JSONResponse:
     return _answer(request, "ready")
 
 
-def _answer(request: Request, what: str) -> JSONResponse:
+def _answer(request: Request, what: Literal["live", "ready"]) -> JSONResponse:
     state = request.scope.get("state", {}).values()
-    brokers = {id(broker): broker for broker in state if isinstance(broker, BrokerManager)}
-    bodies = [asdict(broker.health()) for broker in brokers.values()]
+    brokers = dict.fromkeys(one for one in state if isinstance(one, BrokerManager))
+    bodies = [asdict(broker.health()) for broker in brokers]
     for body in bodies:
         for check in body["checks"].values():
             check["age"] = round(check["age"], 3)
     well = bool(bodies) and all(body[what] for body in bodies)
     return JSONResponse(
-        {"status": "ok" if well else "unavailable", "brokers": bodies},
+        {
+            "status": "ok" if well else "unavailable",
+            "brokers": bodies,
+            **({} if bodies else {"detail": "no broker runs with this application"}),
+        },
         status_code=200 if well else 503,
         headers={"cache-control": "no-store"},
     )

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 
-from kafka_broker._caller import caller_now, client_waits
+from kafka_broker._caller import trace_now, while_client_waits
 from kafka_broker._event import EventObject
 from kafka_broker._problems import MEDIA_TYPE, Problem, problem_of
 from kafka_broker._slots import DEFAULT, Default
@@ -34,6 +34,13 @@ class Accepted(BaseModel):
 
     correlation_id: str
     location: str
+
+
+_ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": EventObject, "description": "The reply"},
+    202: {"model": Accepted, "description": "It is not there yet; ask again"},
+    404: {"description": _UNKNOWN.detail, "content": {MEDIA_TYPE: {}}},
+}
 
 
 class PendingReplies:
@@ -86,7 +93,7 @@ class PendingReplies:
 
         Raises:
             OutboxFullError: as many as the limit are pending, or the outbox is full.
-            BrokerClosedError, TypeError: as `BrokerManager.request`, at once.
+            BrokerClosedError, ConfigurationError, TypeError: as `BrokerManager.request`, at once.
         """
         if len(self._asking) >= self._limit:
             raise OutboxFullError(topic, f"{self._limit} replies are pending; raise the limit")
@@ -170,68 +177,60 @@ class PendingReplies:
 
     def _make_router(self) -> APIRouter:
         router = APIRouter(prefix=self._path, tags=["replies"], lifespan=self._lifespan)
-        documented: dict[int | str, dict[str, Any]] = {
-            200: {"model": EventObject, "description": "The reply"},
-            202: {"model": Accepted, "description": "It is not there yet; ask again"},
-            404: {"description": _UNKNOWN.detail, "content": {MEDIA_TYPE: {}}},
-        }
-
-        @router.get("/{correlation_id}", response_model=None, responses=documented)
-        async def reply(
-            correlation_id: str, timeout: Annotated[float, Query(ge=0, le=_LONGEST_POLL)] = 0
-        ) -> Response:
-            """Return the reply, waiting for it up to *timeout* seconds."""
-            pending = self._replies.get(correlation_id)
-            if pending is None or pending.cancelled():
-                return _problem(_UNKNOWN)
-            await _ended_within(pending, timeout)
-            if not pending.done():
-                return JSONResponse(
-                    self._accepted(correlation_id).model_dump(),
-                    status_code=202,
-                    headers={"retry-after": _RETRY_AFTER},
-                )
-            if pending.cancelled():
-                return _problem(_UNKNOWN)
-            if (error := pending.exception()) is not None:
-                raise error.with_traceback(None)
-            return JSONResponse(pending.result().model_dump(mode="json"))
-
-        @router.get("/{correlation_id}/events", response_class=EventSourceResponse)
-        async def events(correlation_id: str) -> AsyncIterator[ServerSentEvent]:
-            """Send the reply as the event ``reply`` when it is there, or else a ``problem``."""
-            pending = self._replies.get(correlation_id)
-            if pending is not None:
-                await _ended_within(pending, None)
-            yield _event_of(pending)
-
+        router.add_api_route(
+            "/{correlation_id}", self._reply, name="reply", response_model=None, responses=_ANSWERS
+        )
+        router.add_api_route(
+            "/{correlation_id}/events",
+            self._events,
+            name="events",
+            response_class=EventSourceResponse,
+        )
         return router
+
+    async def _reply(
+        self, correlation_id: str, timeout: Annotated[float, Query(ge=0, le=_LONGEST_POLL)] = 0
+    ) -> Response:
+        """Return the reply, waiting for it up to *timeout* seconds."""
+        reply = self._replies.get(correlation_id)
+        if reply is not None:
+            await _ended_within(reply, timeout)
+        if reply is None or reply.cancelled():
+            return JSONResponse(_UNKNOWN.document(), _UNKNOWN.status, media_type=MEDIA_TYPE)
+        if not reply.done():
+            accepted = self._accepted(correlation_id).model_dump()
+            return JSONResponse(accepted, 202, headers={"retry-after": _RETRY_AFTER})
+        if (error := reply.exception()) is not None:
+            raise error.with_traceback(None)  # else it grows with each poll
+        return JSONResponse(reply.result().model_dump(mode="json"))
+
+    async def _events(self, correlation_id: str) -> AsyncIterator[ServerSentEvent]:
+        """Send the reply as the event ``reply`` when it is there, or else a ``problem``."""
+        reply = self._replies.get(correlation_id)
+        if reply is not None:
+            await _ended_within(reply, None)
+        yield _event_of(reply)
 
 
 def _after_the_answer() -> Context:
-    """Return a context in which nobody waits for an answer, and that keeps no request alive."""
-    context, caller = Context(), caller_now.get()
-    if caller is not None:
-        context.run(caller_now.set, caller.served())
+    """Return a context with the client's trace only: the client would keep its request alive."""
+    context = Context()
+    context.run(trace_now.set, trace_now.get())
     return context
 
 
-async def _ended_within(pending: asyncio.Future[Any], timeout: float | None) -> None:
+async def _ended_within(reply: asyncio.Future[Any], timeout: float | None) -> None:
     """Wait for a reply, but not for longer than there is a client."""
-    with client_waits():
-        await asyncio.wait({pending}, timeout=timeout)
+    with while_client_waits():
+        await asyncio.wait({reply}, timeout=timeout)
 
 
-def _problem(problem: Problem) -> Response:
-    return JSONResponse(problem.document(), problem.status, media_type=MEDIA_TYPE)
-
-
-def _event_of(pending: asyncio.Future[EventObject[Any]] | None) -> ServerSentEvent:
-    if pending is None or pending.cancelled():
+def _event_of(reply: asyncio.Future[EventObject[Any]] | None) -> ServerSentEvent:
+    if reply is None or reply.cancelled():
         return ServerSentEvent(event="problem", data=_UNKNOWN.document())
-    error = pending.exception()
+    error = reply.exception()
     if error is None:
-        return ServerSentEvent(event="reply", data=pending.result().model_dump(mode="json"))
+        return ServerSentEvent(event="reply", data=reply.result().model_dump(mode="json"))
     problem = problem_of(error)
     if problem is None:
         raise error.with_traceback(None)
