@@ -166,9 +166,13 @@ async def test_a_broker_without_a_router_is_asked_about_less() -> None:
 @pytest.mark.parametrize("silent", [True, False])
 async def test_an_outage_makes_it_unready_and_not_dead(
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     silent: bool,  # noqa: FBT001  # a parameter of the test
 ) -> None:
-    """Fifteen seconds without an answer, be it an error or silence; one answer heals it."""
+    """Fifteen seconds without an answer, be it an error or silence; one answer heals it.
+
+    The log tells of each once.
+    """
     works = Slow()
     broker = works.broker()
 
@@ -191,6 +195,8 @@ async def test_an_outage_makes_it_unready_and_not_dead(
             assert (True, False, "running") == state(broker)
         await ready(broker, within=3)
         assert broker.health().checks["kafka"].age < 3.1
+    told = [one.getMessage() for one in caplog.records if "answer" in one.getMessage()]
+    assert ["Kafka has not answered", "Kafka answers again"] == [text[:22].strip() for text in told]
 
 
 @virtual
