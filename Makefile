@@ -11,7 +11,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # Pyright would ask the network for a newer version of itself at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help install fmt lint test test-quick shop demo screenshot bench clean
+.PHONY: help install fmt lint test test-quick shop demo screenshot bench bench-smoke bench-http clean
 
 help: ## Print this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1	/' | expand -t 12
@@ -58,8 +58,14 @@ demo: $(STAMP) ## Place some orders in that shop, print replies and times, and e
 screenshot: $(STAMP) ## Renew the picture of the page in docs/images (needs Chromium and pdftocairo)
 	$(BIN)/python -m tests.integration.screenshot docs/images/shop.svg
 
-bench: $(STAMP) ## Measure against raw aiokafka on a real Kafka
-	$(BIN)/python benchmarks/seams.py
+bench: $(STAMP) ## Measure ours and others on a real Kafka (ARGS="--only requests --rounds 5")
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-smoke: $(STAMP) ## Run every benchmark once, tiny, to see that it works
+	$(BIN)/python benchmarks/bench.py --smoke $(ARGS)
+
+bench-http: $(STAMP) ## Measure what HTTP costs on top of a request
+	$(BIN)/python benchmarks/over_http.py
 
 clean: ## Remove .venv, caches and build results
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist

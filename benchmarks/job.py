@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -21,9 +22,15 @@ class Text(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement of one system: *role* names a function of `jobs`, *name* a module of its own.
+    """One thing to do for one system: *role* names a method of `worker.Worker`.
 
-    *pid* is the process that answers.
+    Attributes:
+        name: of the service, of its topic and of its group; its own for each measurement.
+        topic: to read from, if several groups read the same.
+        level: requests in flight, or requests per second.
+        size: of a payload, in bytes of JSON.
+        sync: whether the handler is a plain function.
+        count: how many events are in the topic.
     """
 
     role: str
@@ -32,29 +39,38 @@ class Job:
     name: str
     partitions: int
     seconds: float
-    pid: int = 0
+    topic: str = ""
+    level: int = 1
+    size: int = 100
+    sync: bool = False
+    count: int = 0
 
     @property
-    def smoke(self) -> bool:
-        """Whether to show only that everything works: small, and in one process."""
-        return self.servers.startswith("memory://")
+    def source(self) -> str:
+        """The topic that is consumed."""
+        return self.topic or self.name
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The payload."""
+        return {"text": "x" * (self.size - 11)}
 
 
 class Tally:
-    """Counts events up to *count*; the first fifth warms up and is not timed."""
+    """Counts what was handled, from any thread, and tells of the first and of the last."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._warm, self._seen = count, count // 5, 0
-        self._begin = self._cpu = 0.0
-        self.result: dict[str, float] = {}
+        self.seen = 0
+        self.began = 0.0
+        """When the first one was handled, as of `time.perf_counter`."""
+        self.first, self.last = asyncio.Event(), asyncio.Event()
+        self._count, self._loop = count, asyncio.get_running_loop()
 
-    def add(self) -> bool:
-        """Count one event; returns whether it was the last."""
-        self._seen += 1
-        if self._seen == self._warm:
-            self._begin, self._cpu = time.perf_counter(), time.process_time()
-        elif self._seen == self._count:
-            events = self._count - self._warm
-            seconds, cpu = time.perf_counter() - self._begin, time.process_time() - self._cpu
-            self.result = {"rate": events / seconds, "cpu": cpu / events * 1e6}
-        return self._seen == self._count
+    def add(self) -> None:
+        """Count one event."""
+        self.seen += 1  # no thread is switched between these few instructions
+        if self.seen == 1:
+            self.began = time.perf_counter()
+            self._loop.call_soon_threadsafe(self.first.set)
+        if self.seen == self._count:
+            self._loop.call_soon_threadsafe(self.last.set)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import random
+import time
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from job import DATA, TIMEOUT, Job, Tally, Text
+from job import TIMEOUT, Job, Text
 from kafka_broker import BrokerManager, EventObject, EventRouter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+BURST: Final = 500
 
 
 def broker(job: Job, role: str = "", router: EventRouter | None = None) -> BrokerManager:
@@ -48,35 +50,51 @@ async def answering(job: Job) -> AsyncIterator[None]:
 async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
     """Yield a function that sends one request and returns its reply."""
     async with broker(job, "-ask") as asker:
-        yield partial(asker.request, job.name, "echo", DATA, timeout=TIMEOUT)
+        data = job.data
+
+        async def ask() -> Any:
+            return (await asker.request(job.name, "echo", data, timeout=TIMEOUT)).data
+
+        yield ask
 
 
 @asynccontextmanager
 async def producing(job: Job) -> AsyncIterator[Callable[[int], Awaitable[Awaitable[Any]]]]:
     """Yield a function that produces some events and returns the delivery of the last."""
     async with broker(job, "-produce") as producer:
+        data = job.data
 
         async def produce(count: int) -> Awaitable[Any]:
             for _ in range(count - 1):
-                producer.produce(job.name, EventObject(event="text", data=DATA))
-            return producer.produce(job.name, EventObject(event="text", data=DATA))
+                producer.produce(job.name, EventObject(event="text", data=data))
+            return producer.produce(job.name, EventObject(event="text", data=data))
 
         yield produce
 
 
-async def consume(job: Job, count: int) -> dict[str, float]:
+@asynccontextmanager
+async def consuming(job: Job, handled: Callable[[], None]) -> AsyncIterator[None]:
     """Handle the events that are in the topic."""
-    tally, full, router = Tally(count), asyncio.Event(), EventRouter(job.name)
+    router = EventRouter(job.source)
 
-    @router.bind_event("text")
-    async def text(event: EventObject[Text]) -> None:
+    def text(event: EventObject[Text]) -> None:
         assert event.data.text  # noqa: S101  # it is a model
-        if tally.add():
-            full.set()
+        handled()
 
-    async with broker(job, router=router), asyncio.timeout(4 * TIMEOUT):
-        await full.wait()
-    return tally.result
+    async def text_async(event: EventObject[Text]) -> None:
+        assert event.data.text  # noqa: S101  # it is a model
+        handled()
+
+    router.bind_event("text")(text if job.sync else text_async)
+    async with BrokerManager(
+        job.source,
+        router=router,
+        bootstrap_servers=job.servers,
+        group_id=job.name,
+        module_partitions=job.partitions,
+        reply_partitions=job.partitions,
+    ):
+        yield
 
 
 @asynccontextmanager
@@ -84,6 +102,19 @@ async def waiting(job: Job) -> AsyncIterator[Callable[[str], Awaitable[Any]]]:
     """Yield a function that waits for the event with an id."""
     async with broker(job) as waiter:
         yield waiter.consumer_storage.consume
+
+
+def lookup(count: int) -> float:
+    """Return how many nanoseconds it takes to find one of *count* binds."""
+    router, names = routes(count)
+    asked = random.Random(1).choices(names, k=1000)  # noqa: S311  # the same in every run
+    tries = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        for name in asked:
+            router.match(name)
+        tries.append(time.perf_counter() - begin)
+    return min(tries) / len(asked) * 1e9
 
 
 def routes(count: int) -> tuple[EventRouter, list[str]]:

@@ -11,19 +11,20 @@ import asyncio
 import time
 import zlib
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from uuid import uuid4
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from job import DATA, TIMEOUT, Job, Tally, Text
+from job import TIMEOUT, Job, Text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+BURST: Final = 500
 Data = TypeVar("Data")
 
 
@@ -40,7 +41,8 @@ class Envelope(BaseModel, Generic[Data]):
 _Echo, _Text = Envelope[Any], Envelope[Text]
 
 
-def _value(correlation_id: str, event: str, data: Any = DATA, log: Any = ()) -> bytes:
+def value(correlation_id: str, event: str, data: Any, log: Any = ()) -> bytes:
+    """Return the value of a record."""
     hop = {"data": None, "event": event, "location": "raw", "time_sent": int(time.time())}
     envelope = {"correlation_id": correlation_id, "event": event, "data": data}
     return to_json(
@@ -48,7 +50,10 @@ def _value(correlation_id: str, event: str, data: Any = DATA, log: Any = ()) -> 
     )
 
 
-async def _send(producer: Any, job: Job, event: str, key: bytes, deadline: float = 0) -> Any:
+def record(job: Job, event: str, data: Any, deadline: float = 0) -> dict[str, Any]:
+    """Return key, value, partition and headers of an event."""
+    correlation_id = str(uuid4())
+    key = correlation_id.encode()
     headers = [
         ("kafka_correlationId", key),
         ("kafka_replyTopic", f"{job.name}.replies".encode()),
@@ -57,11 +62,16 @@ async def _send(producer: Any, job: Job, event: str, key: bytes, deadline: float
     ]
     if deadline:
         headers.append(("kb-deadline", b"%d" % round(deadline * 1000)))
-    value, partition = _value(key.decode(), event), zlib.crc32(key) % job.partitions
-    return await producer.send(job.name, value, key=key, partition=partition, headers=headers)
+    return {
+        "key": key,
+        "value": value(correlation_id, event, data),
+        "partition": zlib.crc32(key) % job.partitions,
+        "headers": headers,
+    }
 
 
-def _producer(job: Job) -> Any:
+def open_producer(job: Job) -> Any:
+    """Return a producer, not started."""
     options = {"acks": "all", "enable_idempotence": True, "max_batch_size": 64 * 1024}
     return AIOKafkaProducer(bootstrap_servers=job.servers, **options)
 
@@ -77,16 +87,21 @@ def _consumer(job: Job, *topics: str) -> Any:
     )
 
 
-async def _records(consumer: Any, *, commit: bool) -> AsyncIterator[Any]:
-    """Yield records; commit what was handled every second, as we do."""
+async def _batches(consumer: Any, *, commit: bool) -> AsyncIterator[list[Any]]:
+    """Yield records by partition; commit what was handled every second, as we do."""
     due = time.monotonic() + 1
     while True:
         for records in (await consumer.getmany(timeout_ms=500, max_records=500)).values():
-            for record in records:
-                yield record
+            yield records
         if commit and time.monotonic() > due:
             due = time.monotonic() + 1
             await consumer.commit()
+
+
+async def _records(consumer: Any, *, commit: bool) -> AsyncIterator[Any]:
+    async for records in _batches(consumer, commit=commit):
+        for each in records:
+            yield each
 
 
 @asynccontextmanager
@@ -105,21 +120,21 @@ async def answering(job: Job) -> AsyncIterator[None]:
     """Echo requests."""
 
     async def answer() -> None:
-        async for record in _records(consumer, commit=True):
-            headers = dict(record.headers)
-            event = _Echo.model_validate_json(record.value)
+        async for received in _records(consumer, commit=True):
+            headers = dict(received.headers)
+            event = _Echo.model_validate_json(received.value)
             if int(headers["kb-deadline"]) < time.time() * 1000:
                 continue
             await producer.send(
                 headers["kafka_replyTopic"].decode(),
-                _value(event.correlation_id, "respond", event.data, event.audit_log),
+                value(event.correlation_id, "respond", event.data, event.audit_log),
                 key=event.correlation_id.encode(),
                 partition=int.from_bytes(headers["kafka_replyPartition"], "big"),
                 headers=[(name, headers[name]) for name in ("kafka_correlationId", "kb-instance")],
             )
 
     async with (
-        _producer(job) as producer,
+        open_producer(job) as producer,
         _consumer(job, job.name) as consumer,
         _meanwhile(answer()),
     ):
@@ -132,19 +147,21 @@ async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
     waits: dict[bytes, asyncio.Future[Any]] = {}
 
     async def receive() -> None:
-        async for record in _records(consumer, commit=False):
-            wait = waits.pop(dict(record.headers)["kafka_correlationId"], None)
+        async for received in _records(consumer, commit=False):
+            wait = waits.pop(dict(received.headers)["kafka_correlationId"], None)
             if wait is not None and not wait.done():
-                wait.set_result(record)
+                wait.set_result(received)
+
+    data = job.data
 
     async def ask() -> Any:
-        key = str(uuid4()).encode()
-        waits[key] = wait = asyncio.get_running_loop().create_future()
-        await _send(producer, job, "echo", key, time.time() + TIMEOUT)
+        sent = record(job, "echo", data, time.time() + TIMEOUT)
+        waits[sent["key"]] = wait = asyncio.get_running_loop().create_future()
+        await producer.send(job.name, **sent)
         async with asyncio.timeout(TIMEOUT):
-            return _Echo.model_validate_json((await wait).value)
+            return _Echo.model_validate_json((await wait).value).data
 
-    async with _producer(job) as producer, _consumer(job) as consumer:
+    async with open_producer(job) as producer, _consumer(job) as consumer:
         place = TopicPartition(f"{job.name}.replies", 0)
         consumer.assign([place])
         await consumer.seek_to_end(place)
@@ -156,37 +173,55 @@ async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
 @asynccontextmanager
 async def producing(job: Job) -> AsyncIterator[Callable[[int], Awaitable[Awaitable[Any]]]]:
     """Yield a function that sends some events and returns the future of the last."""
-    async with _producer(job) as producer:
+    async with open_producer(job) as producer:
+        data = job.data
 
         async def produce(count: int) -> Any:
             for _ in range(count - 1):
-                await _send(producer, job, "text", str(uuid4()).encode())
-            return await _send(producer, job, "text", str(uuid4()).encode())
+                await producer.send(job.name, **record(job, "text", data))
+            return await producer.send(job.name, **record(job, "text", data))
 
         yield produce
 
 
-async def consume(job: Job, count: int) -> dict[str, float]:
-    """Handle the events that are in the topic."""
-    tally = Tally(count)
+@asynccontextmanager
+async def consuming(job: Job, handled: Callable[[], None]) -> AsyncIterator[None]:
+    """Handle the events that are in the topic; plain functions in threads, one batch at a time."""
 
-    async def text(event: Envelope[Text]) -> bool:
+    def text(event: Envelope[Text]) -> None:
         assert event.data.text  # noqa: S101  # it is a model
-        return tally.add()
+        handled()
 
-    async with asyncio.timeout(4 * TIMEOUT), _consumer(job, job.name) as consumer:
-        async for record in _records(consumer, commit=True):
-            if await text(_Text.model_validate_json(record.value)):
-                break
+    async def text_async(event: Envelope[Text]) -> None:
+        text(event)
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        async for records in _batches(consumer, commit=True):
+            if job.sync:
+                await asyncio.gather(
+                    *(
+                        loop.run_in_executor(None, text, _Text.model_validate_json(each.value))
+                        for each in records
+                    )
+                )
+                continue
+            for each in records:
+                await text_async(_Text.model_validate_json(each.value))
+
+    async with _consumer(job, job.source) as consumer:
+        async with _meanwhile(work()):
+            yield
         await consumer.commit()
-    return tally.result
 
 
 async def committed(job: Job) -> int:
     """Return how many events the group of *job* has committed."""
-    async with _consumer(job, job.name) as consumer:
-        places = [TopicPartition(job.name, number) for number in range(job.partitions)]
-        return sum([await consumer.committed(place) or 0 for place in places])
+    admin = AIOKafkaAdminClient(bootstrap_servers=job.servers)
+    await admin.start()
+    places = await admin.list_consumer_group_offsets(job.name)
+    await admin.close()
+    return sum(max(place.offset, 0) for place in places.values())
 
 
 @asynccontextmanager
@@ -199,6 +234,14 @@ async def waiting(_: Job) -> AsyncIterator[Callable[[str], Awaitable[Any]]]:
         return await future
 
     yield wait
+
+
+async def create_topics(servers: str, names: list[str], partitions: int) -> None:
+    """Create topics of one replica, as those of ours are on one node."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, partitions, 1) for name in names])
+    await admin.close()
 
 
 async def delete_topics(servers: str, prefix: str) -> None:
