@@ -80,10 +80,9 @@ class _Answers:
     def _reply(
         self, event: EventObject[Any], request: Request, data: object, *, status: str = COMPLETED
     ) -> None:
-        answer = _wire.reply_to(event, data, status=status)
         record = Outgoing(
             str(event.correlation_id).encode(),
-            _wire.encode_reply(answer, request, self._module),
+            _wire.encode_reply(event, data, request, self._module, status=status),
             _wire.reply_headers(request),
         )
         delivery = self._outbox.put(request.topic, record, partition=request.partition, urgent=True)

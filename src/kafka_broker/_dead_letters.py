@@ -54,7 +54,7 @@ def _opened(record: Record) -> DeadLetter:
         timestamp=record.timestamp / 1000,
         origin=origin.decode("utf-8", "replace"),
         error=error.decode("utf-8", "replace"),
-        attempt=_wire.standing_of(record)[0],
+        attempt=_wire.standing_of(headers)[0],
         key=record.key,
         value=record.value,
         headers=record.headers,

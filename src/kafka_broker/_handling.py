@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kafka_broker import _wire
 from kafka_broker._answering import answering
-from kafka_broker._event import PENDING, RESPOND, EventObject, set_work
+from kafka_broker._event import PENDING, RESPOND, EventObject, request_of, set_work
 from kafka_broker._middleware import (
     Handle,
     Middleware,
@@ -80,11 +80,12 @@ class Handling:
     async def __call__(self, work: Work) -> None:
         """Handle a record; its offset may be committed when the endings of *work* are done."""
         record = work.record
-        work.attempt, group = _wire.standing_of(record)
+        headers = _wire.named(record.headers)
+        work.attempt, group = _wire.standing_of(headers)
         if group is not None and group != self._group:
             return  # it came back for those who share the topic as another group
         try:
-            event = _wire.decode(record)
+            event = _wire.decode(record, headers)
         except EventDecodeError as exc:
             _logger.error("%s", exc)  # noqa: TRY400  # the traceback would quote the payload
             self._bury(work, exc)
@@ -95,7 +96,7 @@ class Handling:
             await self._store(work, event)
         else:
             set_work(event, work)
-            work.request = event._request  # noqa: SLF001  # kept from the user's eyes only
+            work.request = request_of(event)
             handler = self._router.match(event.event)
             if work.behind is not None and (handler is None or handler.terms.batch is None):
                 await work.engine.wait_for_turn(work)
@@ -208,7 +209,7 @@ class Postponed:
     async def __call__(self, work: Work) -> None:
         """Wait until *work* is due, then send it on."""
         record = work.record
-        _, group = _wire.standing_of(record)
+        _, group = _wire.standing_of(_wire.named(record.headers))
         if group is not None and group != self._settings.group_id.encode():
             return  # those who share the topic as another group will
         seconds = _wire.due_of(record) - self._transport.now()

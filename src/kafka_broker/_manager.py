@@ -8,11 +8,12 @@ import threading
 from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from uuid import uuid4
 
 from kafka_broker import _asgi, _wire
 from kafka_broker._caller import at_most, trace_now
 from kafka_broker._dead_letters import DeadLetter, read_dead_letters, replay
-from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject
+from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject, request_of
 from kafka_broker._handler import INJECTED, Payload
 from kafka_broker._health import Check, Health
 from kafka_broker._isolation import handled_now
@@ -140,15 +141,18 @@ class BrokerManager:
             BrokerClosedError: the broker was stopped.
             TypeError: the data has no form in JSON.
         """
-        request = event._request  # noqa: SLF001  # kept from the user's eyes only
+        request = request_of(event)
         if request is None:
-            return self._send(topic, event, key=key)
+            correlation_id = str(event.correlation_id)  # a UUID may have been assigned
+            value = _wire.encode(event, self.settings.module)
+            return self._send(topic, correlation_id, value, key=key)
         origin = event.audit_log[0].location if event.audit_log else None
         is_answer = event.event == RESPOND and topic == origin
         if is_answer:
             status = COMPLETED if event.status == PENDING else event.status
-            answer = _wire.reply_to(event, event.data, status=status)
-            value = _wire.encode_reply(answer, request, self.settings.module)
+            value = _wire.encode_reply(
+                event, event.data, request, self.settings.module, status=status
+            )
             headers, topic, partition = (
                 _wire.reply_headers(request),
                 request.topic,
@@ -169,7 +173,8 @@ class BrokerManager:
     def _send(
         self,
         topic: str,
-        event: EventObject[Any],
+        correlation_id: str,
+        value: bytes,
         *,
         key: str | bytes | None = None,
         timeout: float | None = None,
@@ -179,11 +184,10 @@ class BrokerManager:
         if timeout is not None and self._run is not None:
             deadline = self._run.transport.now() + timeout
             useless_after = self._run.loop.time() + timeout
-        correlation_id = str(event.correlation_id)  # a UUID may have been assigned
         storage.begin(correlation_id)
         record = Outgoing(
             _bytes(key, correlation_id),
-            _wire.encode(event, self.settings.module),
+            value,
             (*_wire.request_headers(correlation_id, deadline), *_trace()),
         )
         delivery = outbox.put(
@@ -219,6 +223,7 @@ class BrokerManager:
         timeout: float | Default = DEFAULT,
         response: type[Reply],
         correlation_id: str | None = None,
+        key: str | bytes | None = None,
     ) -> EventObject[Reply]: ...
 
     @overload
@@ -231,6 +236,7 @@ class BrokerManager:
         timeout: float | Default = DEFAULT,
         response: None = None,
         correlation_id: str | None = None,
+        key: str | bytes | None = None,
     ) -> EventObject[Any]: ...
 
     async def request(  # noqa: PLR0913  # what one request can ask for
@@ -242,6 +248,7 @@ class BrokerManager:
         timeout: float | Default = DEFAULT,
         response: type[Any] | None = None,
         correlation_id: str | None = None,
+        key: str | bytes | None = None,
     ) -> EventObject[Any]:
         """Send an event and wait for its reply.
 
@@ -253,6 +260,7 @@ class BrokerManager:
                 request, which is not handled any more once it has passed.
             response: a type, for example a pydantic model, that the reply's data is read as.
             correlation_id: of the request, which nobody else may use; a new UUID unless given.
+            key: as `produce`: requests with one key are handled in the order of the calls.
 
         Raises:
             ReplyTimeoutError: no reply in time; the request may still have been handled.
@@ -266,15 +274,14 @@ class BrokerManager:
         """
         seconds = self._seconds(timeout)
         payload = None if response is None else _payload_of(response)
-        asked: EventObject[Any] = EventObject(event=event, data=data)
-        if correlation_id is not None:
-            asked.correlation_id = correlation_id
+        correlation_id = str(uuid4()) if correlation_id is None else correlation_id
         if not seconds:
-            raise ReplyTimeoutError(asked.correlation_id, seconds)  # its client has given up
+            raise ReplyTimeoutError(correlation_id, seconds)  # its client has given up
         storage, outbox = self.consumer_storage, self._open_outbox()
-        slot = storage.expect(asked.correlation_id, seconds, replies_only=True)
+        slot = storage.expect(correlation_id, seconds, replies_only=True)
         try:
-            delivery = self._send(topic, asked, timeout=seconds)
+            value = _wire.encode_request(correlation_id, event, data, self.settings.module)
+            delivery = self._send(topic, correlation_id, value, key=key, timeout=seconds)
         except BaseException:
             storage.release(slot)
             raise

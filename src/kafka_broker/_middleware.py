@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from kafka_broker import _wire
-from kafka_broker._event import EventObject, set_work
+from kafka_broker._event import EventObject, request_of, set_request, set_work
 from kafka_broker._isolation import absorb_cancellations, handled_now
 from kafka_broker._metrics import Metrics
 from kafka_broker._verdicts import (
@@ -237,7 +237,8 @@ def _pause_after(error: Exception, failures: int, policy: RetryPolicy) -> float 
 def _afresh(event: EventObject[Any], work: Work) -> EventObject[Any]:
     """Return the event as it came: the try that failed may have changed it."""
     again = _wire.decode(work.record)
-    again._request = event._request  # noqa: SLF001  # kept from the user's eyes only
+    if (request := request_of(event)) is not None:
+        set_request(again, request)
     set_work(again, work)
     return again
 

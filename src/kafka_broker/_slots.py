@@ -60,10 +60,10 @@ class Arrival:
 class Slot(asyncio.Future[Arrival]):
     """One wait for one correlation id."""
 
-    __slots__ = ("correlation_id", "expiry", "replies_only", "timeout")
+    __slots__ = ("correlation_id", "expires", "replies_only", "timeout")
 
     correlation_id: str
-    expiry: asyncio.TimerHandle | None
+    expires: float
     replies_only: bool
     timeout: float
 

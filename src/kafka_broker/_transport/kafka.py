@@ -24,11 +24,11 @@ from kafka_broker._transport.kafka_client import (
 )
 from kafka_broker._transport.kafka_consumer import (
     History,
-    KafkaReader,
     KafkaSubscription,
     consumer_options,
 )
 from kafka_broker._transport.kafka_producer import KafkaProducer
+from kafka_broker._transport.kafka_reader import KafkaReader
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -134,22 +134,7 @@ class KafkaTransport:
     async def read(self, topic: str, partition: int, offset: int | None = None) -> KafkaReader:
         """Open a consumer without a group; see `Transport.read`."""
         await self._check_exists(topic, partition)
-        consumer = AIOKafkaConsumer(**consumer_options(self._settings, {}))
-        place = TopicPartition(topic, partition)
-        try:
-            with translated(f"cannot read {topic}:{partition}"):
-                async with asyncio.timeout(REQUEST_TIMEOUT):
-                    await consumer.start()
-                    consumer.assign([place])
-                    if offset is None:
-                        await consumer.seek_to_end(place)
-                    else:
-                        consumer.seek(place, offset)
-                    position = await consumer.position(place)
-        except BaseException:
-            await close(consumer, consumer.stop())
-            raise
-        return KafkaReader(consumer, place, position)
+        return await KafkaReader.open(self._settings, TopicPartition(topic, partition), offset)
 
     async def subscribe(
         self,

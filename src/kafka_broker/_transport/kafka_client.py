@@ -7,7 +7,7 @@ import inspect
 import logging
 import ssl
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka import errors as kafka
@@ -22,9 +22,14 @@ from kafka_broker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator
+    from collections.abc import Awaitable, Coroutine, Iterator
+
+    from aiokafka import TopicPartition
 
     from kafka_broker._settings import BrokerSettings
+    from kafka_broker._transport import Headers
+
+Result = TypeVar("Result")
 
 REQUEST_TIMEOUT: Final = 12.0
 """Seconds that one exchange with Kafka may take."""
@@ -64,7 +69,7 @@ REFUSED: Final = (
     kafka.PolicyViolationError,
     kafka.InvalidRequiredAcksError,
 )
-_NOT_YET: Final = (
+NOT_YET: Final = (
     kafka.UnknownTopicOrPartitionError,
     kafka.NotLeaderForPartitionError,
     kafka.LeaderNotAvailableError,
@@ -72,6 +77,18 @@ _NOT_YET: Final = (
     kafka.NodeNotReadyError,
     kafka.ProducerClosed,
 )
+
+
+class Unparsable(NamedTuple):
+    """Stands for a record that aiokafka cannot parse; an empty value is no event, so it fails."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None = None
+    value: bytes | None = b""
+    headers: Headers = ()
 
 
 def describe(error: BaseException) -> str:
@@ -100,7 +117,7 @@ def undelivered(topic: str, error: BaseException) -> DeliveryError:
     """Return what a failed append means to the producer: refused, not yet, or unknown."""
     if isinstance(error, REFUSED):
         return DeliveryError(topic, describe(error), too_large=isinstance(error, _TOO_LARGE))
-    if isinstance(error, _NOT_YET):
+    if isinstance(error, NOT_YET):
         return DeliveryError(topic, describe(error), retriable=True)
     return DeliveryUnknownError(topic, describe(error))
 
@@ -214,3 +231,62 @@ async def close(client: Any, stop: Awaitable[None]) -> None:
     connections = getattr(client, "_client", client)
     with suppress(Exception, asyncio.CancelledError):
         await asyncio.wait_for(connections.close(), CLOSE_TIMEOUT)
+
+
+async def connect(settings: BrokerSettings, defaults: dict[str, Any]) -> Any:
+    """Return an `AIOKafkaClient` that is connected.
+
+    Raises:
+        BrokerUnavailableError: nothing answers, or it refuses us.
+    """
+    client = AIOKafkaClient(**options(AIOKafkaClient, settings, defaults))
+    action = f"cannot connect to Kafka at {settings.bootstrap_servers}"
+    with reasons_logged() as reasons:
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                await to_its_end(client.bootstrap())
+        except FOREIGN as exc:
+            await close(client, client.close())
+            error = unavailable(action, exc)
+            why = f" ({reasons[-1]})" if reasons else ""
+            raise BrokerUnavailableError(f"{error}{why}") from exc
+        except BaseException:
+            await close(client, client.close())
+            raise
+    return client
+
+
+async def to_its_end(connecting: Coroutine[Any, Any, Result]) -> Result:
+    """Connect; when cancelled give it a second to end by itself: cut off, it leaves a socket."""
+    task = asyncio.ensure_future(connecting)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=1.0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=1.0)
+        if task.done() and not task.cancelled():
+            task.exception()  # retrieved: nobody waits for it any more
+        raise
+
+
+def is_dead(client: Any) -> bool:
+    """Return whether the task that keeps the metadata was cancelled; nobody is told."""
+    keeper = client._sync_task  # noqa: SLF001  # no public sign of it
+    return keeper is None or keeper.done() or keeper.cancelling() > 0
+
+
+async def leader_of(client: Any, place: TopicPartition) -> int:
+    """Return the node that leads a partition, connected; raises what aiokafka does."""
+    leader = client.cluster.leader_for_partition(place)
+    if leader is None or leader == -1:
+        async with asyncio.timeout(REQUEST_TIMEOUT):
+            client.add_topic(place.topic)  # a new client knows no topics
+            await client.force_metadata_update()
+        leader = client.cluster.leader_for_partition(place)
+    if leader is None or leader == -1:
+        raise kafka.LeaderNotAvailableError(place)
+    if not await client.ready(leader):
+        raise kafka.NodeNotReadyError(leader)
+    number: int = leader
+    return number

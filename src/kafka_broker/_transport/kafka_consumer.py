@@ -1,4 +1,4 @@
-"""Reading from Kafka: one partition without a group, or a topic as a member of a group."""
+"""Reading a topic as a member of a group, by a consumer of aiokafka."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kafka_broker._transport import FETCH_TIMEOUT
 from kafka_broker._transport.kafka_client import (
     FOREIGN,
     REQUEST_TIMEOUT,
+    Unparsable,
     close,
     describe,
     options,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from kafka_broker._settings import BrokerSettings
-    from kafka_broker._transport import Headers, OnAssigned, OnRevoked, Record
+    from kafka_broker._transport import OnAssigned, OnRevoked, Record
 
 _logger = logging.getLogger("kafka_broker.transport")
 
@@ -73,18 +74,6 @@ def consumer_options(settings: BrokerSettings, group: dict[str, Any]) -> dict[st
         **group,
     }
     return options(AIOKafkaConsumer, settings, defaults)
-
-
-class _Unparsable(NamedTuple):
-    """Stands for a record that aiokafka cannot parse; an empty value is no event, so it fails."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None = None
-    value: bytes | None = b""
-    headers: Headers = ()
 
 
 class History:
@@ -192,7 +181,7 @@ class _Consumer:
             describe(error),
         )
         self._consumer.seek(place, offset + 1)
-        return _Unparsable(place.topic, place.partition, offset, int(time.time() * 1000))
+        return Unparsable(place.topic, place.partition, offset, int(time.time() * 1000))
 
     def _offset_to_parse(self, place: TopicPartition) -> int | None:
         """Return the offset behind what was parsed; a position stays before control records."""
@@ -212,31 +201,6 @@ class _Consumer:
     async def close(self) -> None:
         """Stop the consumer; see `Reader.close`."""
         await close(self._consumer, self._consumer.stop())
-
-
-class KafkaReader(_Consumer):
-    """A `Reader` over a consumer without a group."""
-
-    def __init__(self, consumer: Any, place: TopicPartition, position: int) -> None:
-        super().__init__(consumer, History())
-        self._place = place
-        self.position = position
-
-    async def fetch(self) -> Sequence[Record]:
-        """Return what has arrived; see `Reader.fetch`."""
-        if not self._history.careful:
-            try:
-                return self._past(await self._poll(timeout=FETCH_TIMEOUT))
-            except BrokerUnavailableError:
-                if not self._history.careful:
-                    raise
-                self._consumer.seek(self._place, self.position)
-        return self._past(await self._poll_carefully([self._place], FETCH_TIMEOUT))
-
-    def _past(self, records: Sequence[Record]) -> Sequence[Record]:
-        if records:
-            self.position = records[-1].offset + 1
-        return records
 
 
 class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
-from aiokafka.client import AIOKafkaClient
 from aiokafka.codec import has_gzip, has_lz4, has_snappy, has_zstd
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
@@ -28,11 +27,11 @@ from kafka_broker._transport.kafka_client import (
     FOREIGN,
     REQUEST_TIMEOUT,
     close,
+    connect,
     describe,
-    options,
-    reasons_logged,
+    is_dead,
+    leader_of,
     translated,
-    unavailable,
     undelivered,
 )
 from kafka_broker.errors import (
@@ -43,7 +42,7 @@ from kafka_broker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Sequence
 
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._transport import Outgoing
@@ -155,8 +154,7 @@ class KafkaProducer:
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
         self._codec = compression(settings)
-        defaults = {"request_timeout_ms": int(REQUEST_TIMEOUT * 1000)}
-        self._options = options(AIOKafkaClient, settings, defaults)
+        self._options = {"request_timeout_ms": int(REQUEST_TIMEOUT * 1000)}
         self._client: Any = None
         self._connecting = asyncio.Lock()
         self._first: _Identity | None = None
@@ -172,30 +170,13 @@ class KafkaProducer:
         Raises:
             BrokerUnavailableError: nothing answers, or it refuses us.
         """
-        self._client = await self._connect()
+        self._client = await connect(self._settings, self._options)
         self._running = True
         try:
             self._first = await self._new_identity()
         except BaseException:
             await self.stop()
             raise
-
-    async def _connect(self) -> Any:
-        client = AIOKafkaClient(**self._options)
-        action = f"cannot connect to Kafka at {self._settings.bootstrap_servers}"
-        with reasons_logged() as reasons:
-            try:
-                async with asyncio.timeout(REQUEST_TIMEOUT):
-                    await _to_its_end(client.bootstrap())
-            except FOREIGN as exc:
-                await close(client, client.close())
-                error = unavailable(action, exc)
-                why = f" ({reasons[-1]})" if reasons else ""
-                raise BrokerUnavailableError(f"{error}{why}") from exc
-            except BaseException:
-                await close(client, client.close())
-                raise
-        return client
 
     async def stop(self) -> None:
         """Close the connections; what is on its way ends as unknown. Never raises."""
@@ -220,12 +201,12 @@ class KafkaProducer:
             msg = "the connection to Kafka is closed"
             raise BrokerUnavailableError(msg)
         client = self._client
-        if not _is_dead(client):
+        if not is_dead(client):
             return client
         async with self._connecting:
             if self._client is client:
                 _logger.warning("the connection to Kafka was cut from inside; connecting again")
-                self._client = await self._connect()
+                self._client = await connect(self._settings, self._options)
                 await close(client, client.close())
                 if not self._running:  # stopped meanwhile
                     client, self._client = self._client, None
@@ -387,19 +368,8 @@ class KafkaProducer:
         return answers[batch.place]
 
     async def _leader(self, place: TopicPartition) -> tuple[Any, int]:
-        """Return the client, and the node that leads a partition, connected."""
         client = await self.client()
-        leader = client.cluster.leader_for_partition(place)
-        if leader is None or leader == -1:
-            async with asyncio.timeout(REQUEST_TIMEOUT):
-                client.add_topic(place.topic)  # a new client knows no topics
-                await client.force_metadata_update()
-            leader = client.cluster.leader_for_partition(place)
-        if leader is None or leader == -1:
-            raise kafka.LeaderNotAvailableError(place)
-        if not await client.ready(leader):
-            raise kafka.NodeNotReadyError(leader)
-        return client, leader
+        return client, await leader_of(client, place)
 
     def _outcome(self, batch: _Batch, client: Any, answer: _Answer) -> Appended:
         """Read the answer to a batch; raises as `_try`."""
@@ -417,26 +387,6 @@ class KafkaProducer:
             batch.deadline = 0.0  # its bytes carry the lost identity; it has to be built anew
             raise DeliveryError(batch.place.topic, describe(error), retriable=True) from error
         raise undelivered(batch.place.topic, error) from error
-
-
-async def _to_its_end(connecting: Coroutine[Any, Any, None]) -> None:
-    """Connect; when cancelled give it a second to end by itself: cut off, it leaves a socket."""
-    task = asyncio.ensure_future(connecting)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task}, timeout=1.0)
-        task.cancel()
-        await asyncio.wait({task}, timeout=1.0)
-        if task.done() and not task.cancelled():
-            task.exception()  # retrieved: nobody waits for it any more
-        raise
-
-
-def _is_dead(client: Any) -> bool:
-    """Return whether the task that keeps the metadata was cancelled; nobody is told."""
-    keeper = client._sync_task  # noqa: SLF001  # no public sign of it
-    return keeper is None or keeper.done() or keeper.cancelling() > 0
 
 
 def _unsent(topic: str) -> DeliveryError:

@@ -1,0 +1,236 @@
+"""Reading one partition without a group: fetch requests of our own, the next always on its way.
+
+Replies come through here, so what counts is the time from the log to the one who waits. A consumer
+of aiokafka takes each record through a task, a buffer and a waiter more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from aiokafka import errors as kafka
+from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.offset import OffsetRequest
+from aiokafka.record.memory_records import MemoryRecords
+
+from kafka_broker._transport import FETCH_TIMEOUT
+from kafka_broker._transport.kafka_client import (
+    CLOSE_TIMEOUT,
+    FOREIGN,
+    NOT_YET,
+    REQUEST_TIMEOUT,
+    Unparsable,
+    close,
+    connect,
+    describe,
+    is_dead,
+    leader_of,
+    to_its_end,
+    unavailable,
+)
+from kafka_broker.errors import BrokerUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiokafka import TopicPartition
+
+    from kafka_broker._settings import BrokerSettings
+    from kafka_broker._transport import Headers, Record
+
+_logger = logging.getLogger("kafka_broker.transport")
+
+_ONE_BYTE: Final = 1
+_MOST_BYTES: Final = 1024 * 1024
+"""Of one answer, unless a single record is larger."""
+_PATIENCE: Final = 3.0
+"""Seconds that Kafka may keep silent beyond the time that it is told to wait."""
+_PAUSE: Final = (0.05, 1.0)
+_AT_END, _AT_BEGINNING = -1, -2
+_UNCOMMITTED, _CLIENT = 0, -1
+
+
+class Fetched(NamedTuple):
+    """A `Record`."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+class KafkaReader:
+    """A `Reader` with a connection of its own, as Kafka answers one request of each at a time.
+
+    Attributes:
+        position: the offset of the next record that `fetch` returns.
+    """
+
+    def __init__(self, client: Any, place: TopicPartition) -> None:
+        self._client = client
+        self._place = place
+        self._loop = asyncio.get_running_loop()
+        self._asking: asyncio.Task[Any] | None = None
+        self._leader: int | None = None
+        self._pause = _PAUSE[0]
+        self.position = 0
+
+    @classmethod
+    async def open(
+        cls, settings: BrokerSettings, place: TopicPartition, offset: int | None
+    ) -> KafkaReader:
+        """Connect, and know the position; see `Transport.read`."""
+        milliseconds = int((FETCH_TIMEOUT + _PATIENCE) * 1000)
+        client = await connect(settings, {"request_timeout_ms": milliseconds})
+        reader = cls(client, place)
+        try:
+            reader.position = await reader._find(_AT_END) if offset is None else offset
+        except BaseException:
+            await reader.close()
+            raise
+        return reader
+
+    async def _find(self, where: int) -> int:
+        """Return the offset at an end of the partition; a leader may have to be chosen yet."""
+        what = f"the position in {self._place.topic}:{self._place.partition} cannot be found"
+        places = [(self._place.topic, [(self._place.partition, where)])]
+        refusal: BaseException = TimeoutError()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                while True:
+                    try:
+                        leader = await to_its_end(leader_of(self._client, self._place))
+                        request = OffsetRequest(_CLIENT, _UNCOMMITTED, places)
+                        answer = (await self._client.send(leader, request)).topics[0][1][0]
+                        if not answer[1]:
+                            offset: int = answer[3]
+                            return offset
+                        refusal = kafka.for_code(answer[1])(self._place)
+                    except FOREIGN as exc:
+                        refusal = exc
+                    if not isinstance(refusal, NOT_YET):
+                        break
+                    self._client.force_metadata_update()
+                    await asyncio.sleep(_PAUSE[0])
+        raise unavailable(what, refusal) from refusal
+
+    async def fetch(self) -> Sequence[Record]:
+        """Return what has arrived; see `Reader.fetch`."""
+        if is_dead(self._client):
+            msg = f"{self._place.topic}:{self._place.partition} is not read any more"
+            raise BrokerUnavailableError(msg)
+        asking, self._asking = self._asking or self._ask(), None
+        try:
+            answer = await asking
+            records = await self._read(answer)
+        except FOREIGN as exc:
+            await self._recover(exc)
+            return []
+        self._pause = _PAUSE[0]
+        self._asking = self._ask()
+        return records
+
+    def _ask(self) -> asyncio.Task[Any]:
+        return self._loop.create_task(self._exchange())
+
+    async def _exchange(self) -> Any:
+        """Have Kafka answer as soon as there is a record, or that there is none for a while."""
+        place = self._place
+        wanted = [(place.topic, [(place.partition, self.position, _MOST_BYTES)])]
+        milliseconds = int(FETCH_TIMEOUT * 1000)
+        request = FetchRequest(milliseconds, _ONE_BYTE, _MOST_BYTES, _UNCOMMITTED, wanted)
+        if self._leader is None:
+            self._leader = await to_its_end(leader_of(self._client, place))
+        return (await self._client.send(self._leader, request)).topics[0][1][0]
+
+    async def _read(self, answer: Any) -> Sequence[Record]:
+        code, content = answer[1], answer[-1]
+        if code == kafka.OffsetOutOfRangeError.errno:
+            before, self.position = self.position, await self._find(_AT_BEGINNING)
+            _logger.warning(
+                "%s:%d: offset %d is no longer in the log, which begins at %d",
+                *self._place,
+                before,
+                self.position,
+            )
+            return []
+        if code:
+            raise kafka.for_code(code)(self._place)
+        return self._parse(content) if content else []
+
+    def _parse(self, content: bytes) -> list[Record]:
+        topic, partition = self._place
+        records: list[Record] = []
+        position, batches = self.position, MemoryRecords(content)
+        while batches.has_next():
+            batch = batches.next_batch()
+            if not batch.validate_crc():
+                raise kafka.CorruptRecordException(self._place)
+            if not batch.is_control_batch:
+                try:
+                    for one in batch:
+                        if (offset := one.offset) < position:  # before where we begin in a batch
+                            continue
+                        position = offset + 1
+                        records.append(
+                            Fetched(
+                                topic,
+                                partition,
+                                offset,
+                                one.timestamp,
+                                one.key,
+                                one.value,
+                                one.headers,
+                            )
+                        )
+                except Exception as exc:  # noqa: BLE001  # one that cannot be parsed raises anything
+                    records += self._unparsable(position, batch.next_offset, exc)
+            position = batch.next_offset
+        self.position = position
+        return records
+
+    def _unparsable(self, begin: int, end: int, error: Exception) -> list[Record]:
+        """Return what stands for the rest of a batch that cannot be parsed from *begin* on."""
+        _logger.error(
+            "%s:%d:%d and the rest of its batch, up to %d, cannot be parsed and are handed on "
+            "empty: %s",
+            *self._place,
+            begin,
+            end - 1,
+            describe(error),
+        )
+        now = int(time.time() * 1000)
+        topic, partition = self._place
+        return [Unparsable(topic, partition, offset, now) for offset in range(begin, end)]
+
+    async def _recover(self, error: BaseException) -> None:
+        """Wait a little before the next try.
+
+        Raises:
+            BrokerUnavailableError: another try is of no use.
+        """
+        what = f"{self._place.topic}:{self._place.partition} cannot be read"
+        passing = isinstance(error, (OSError, TimeoutError, kafka.CorruptRecordException))
+        if not (passing or getattr(error, "retriable", False)):
+            raise unavailable(what, error) from error
+        if self._pause == _PAUSE[0]:
+            _logger.warning("%s, trying again: %s", what, describe(error))
+        self._leader = None
+        self._client.force_metadata_update()
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 2, _PAUSE[1])
+
+    async def close(self) -> None:
+        """Disconnect; see `Reader.close`."""
+        asking, self._asking = self._asking, None
+        if asking is not None:
+            asking.cancel()
+            await asyncio.wait({asking}, timeout=CLOSE_TIMEOUT)
+        await close(self._client, self._client.close())
