@@ -50,6 +50,12 @@ _MOST_BYTES: Final = 1024 * 1024
 _PATIENCE: Final = 3.0
 """Seconds that Kafka may keep silent beyond the time that it is told to wait."""
 _PAUSE: Final = (0.05, 1.0)
+_PASSING: Final = (
+    OSError,
+    TimeoutError,
+    kafka.CorruptRecordException,
+    kafka.QuotaViolationError,
+)
 _AT_END, _AT_BEGINNING = -1, -2
 _UNCOMMITTED, _CLIENT = 0, -1
 
@@ -80,6 +86,7 @@ class KafkaReader:
         self._asking: asyncio.Task[Any] | None = None
         self._leader: int | None = None
         self._pause = _PAUSE[0]
+        self._closed = False
         self.position = 0
 
     @classmethod
@@ -123,37 +130,54 @@ class KafkaReader:
 
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived; see `Reader.fetch`."""
-        if is_dead(self._client):
-            msg = f"{self._place.topic}:{self._place.partition} is not read any more"
-            raise BrokerUnavailableError(msg)
-        asking, self._asking = self._asking or self._ask(), None
+        if self._closed or is_dead(self._client):
+            raise self._ended()
+        self._asking = asking = self._asking or self._ask()  # where a close finds it
         try:
-            answer = await asking
-            records = await self._read(answer)
+            records = self._read(await asking)
+        except asyncio.CancelledError:
+            self._asking = None
+            current = asyncio.current_task()
+            if self._closed and current is not None and not current.cancelling():
+                raise self._ended() from None
+            raise
         except FOREIGN as exc:
+            self._asking = None
             await self._recover(exc)
             return []
         self._pause = _PAUSE[0]
-        self._asking = self._ask()
+        self._asking = None if self._closed else self._ask()
         return records
+
+    def _ended(self) -> BrokerUnavailableError:
+        msg = f"{self._place.topic}:{self._place.partition} is not read any more"
+        return BrokerUnavailableError(msg)
 
     def _ask(self) -> asyncio.Task[Any]:
         return self._loop.create_task(self._exchange())
 
     async def _exchange(self) -> Any:
-        """Have Kafka answer as soon as there is a record, or that there is none for a while."""
+        """Have Kafka answer as soon as there is a record, or that there is none for a while.
+
+        Returns the answer, or where the log begins if our position is not in it any more.
+        """
         place = self._place
         wanted = [(place.topic, [(place.partition, self.position, _MOST_BYTES)])]
         milliseconds = int(FETCH_TIMEOUT * 1000)
         request = FetchRequest(milliseconds, _ONE_BYTE, _MOST_BYTES, _UNCOMMITTED, wanted)
         if self._leader is None:
             self._leader = await to_its_end(leader_of(self._client, place))
-        return (await self._client.send(self._leader, request)).topics[0][1][0]
+        answer = await self._client.send(self._leader, request)
+        if not answer.topics:  # Kafka's way to slow down one who has read more than its quota
+            raise kafka.QuotaViolationError(place)
+        answer = answer.topics[0][1][0]
+        if answer[1] == kafka.OffsetOutOfRangeError.errno:
+            return await self._find(_AT_BEGINNING)
+        return answer
 
-    async def _read(self, answer: Any) -> Sequence[Record]:
-        code, content = answer[1], answer[-1]
-        if code == kafka.OffsetOutOfRangeError.errno:
-            before, self.position = self.position, await self._find(_AT_BEGINNING)
+    def _read(self, answer: Any) -> Sequence[Record]:
+        if isinstance(answer, int):
+            before, self.position = self.position, answer
             _logger.warning(
                 "%s:%d: offset %d is no longer in the log, which begins at %d",
                 *self._place,
@@ -161,6 +185,7 @@ class KafkaReader:
                 self.position,
             )
             return []
+        code, content = answer[1], answer[-1]
         if code:
             raise kafka.for_code(code)(self._place)
         return self._parse(content) if content else []
@@ -190,8 +215,12 @@ class KafkaReader:
                                 one.headers,
                             )
                         )
+                except kafka.UnsupportedCodecError:
+                    raise
                 except Exception as exc:  # noqa: BLE001  # one that cannot be parsed raises anything
-                    records += self._unparsable(position, batch.next_offset, exc)
+                    records += self._unparsable(
+                        max(position, batch.base_offset), batch.next_offset, exc
+                    )
             position = batch.next_offset
         self.position = position
         return records
@@ -217,8 +246,7 @@ class KafkaReader:
             BrokerUnavailableError: another try is of no use.
         """
         what = f"{self._place.topic}:{self._place.partition} cannot be read"
-        passing = isinstance(error, (OSError, TimeoutError, kafka.CorruptRecordException))
-        if not (passing or getattr(error, "retriable", False)):
+        if not (isinstance(error, _PASSING) or getattr(error, "retriable", False)):
             raise unavailable(what, error) from error
         if self._pause == _PAUSE[0]:
             _logger.warning("%s, trying again: %s", what, describe(error))
@@ -229,8 +257,11 @@ class KafkaReader:
 
     async def close(self) -> None:
         """Disconnect; see `Reader.close`."""
+        self._closed = True
         asking, self._asking = self._asking, None
         if asking is not None:
             asking.cancel()
             await asyncio.wait({asking}, timeout=CLOSE_TIMEOUT)
+            if asking.done() and not asking.cancelled():
+                asking.exception()  # retrieved: nobody waits for it any more
         await close(self._client, self._client.close())
