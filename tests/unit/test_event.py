@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from kafka_broker._event import EventObject, Hop
+from kafka_broker._event import (
+    EventObject,
+    Hop,
+    Request,
+    new_id,
+    request_of,
+    set_request,
+    with_data,
+)
 
 
 class Charge(BaseModel):
@@ -18,6 +27,14 @@ def test_a_uuid_is_taken_as_its_text() -> None:
     """Whoever has a UUID does not have to convert it."""
     given = uuid.uuid4()
     assert str(given) == EventObject(correlation_id=given, event="a").correlation_id
+
+
+def test_an_id_is_a_random_uuid() -> None:
+    """Version 4, as kafka-broker 0.4 writes them, in its usual form."""
+    for made in (uuid.UUID(new_id()) for _ in range(1000)):
+        assert (4, uuid.RFC_4122) == (made.version, made.variant)
+    given = new_id()
+    assert given == str(uuid.UUID(given))
 
 
 def test_every_event_has_an_id_of_its_own() -> None:
@@ -78,3 +95,19 @@ def test_two_events_share_no_audit_log() -> None:
     first, second = EventObject(event="a"), EventObject(event="a")
     first.audit_log.append(Hop(location="Shop"))
     assert [] == second.audit_log
+
+
+def test_a_copy_with_other_data_is_what_pydantic_would_make() -> None:
+    """Its fields, those that were set, and the memory of its request are the same."""
+    request = Request(topic="t", partition=None, correlation=b"c")
+    event: EventObject[Any] = EventObject(
+        event="a", data={"n": 1}, audit_log=[Hop(location="Shop")]
+    )
+    set_request(event, request)
+    copied, expected = with_data(event, 2), event.model_copy(update={"data": 2})
+    assert expected == copied
+    assert expected.model_fields_set == copied.model_fields_set
+    assert expected.model_dump_json() == copied.model_dump_json()
+    assert request_of(copied) is request
+    copied.event = "b"
+    assert ("a", {"n": 1}) == (event.event, event.data)
