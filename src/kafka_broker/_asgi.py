@@ -85,7 +85,7 @@ class BrokerMiddleware:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, caller: Caller) -> None:
         try:
             await self.app(scope, receive, send)
-        except Exception as exc:
+        except Exception as exc:  # most go on; ours are answered
             problem = _problems.problem_of(exc) if self.problems else None
             websocket = scope["type"] == "websocket"
             if problem is None or caller.answered or (caller.started and not websocket):

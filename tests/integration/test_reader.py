@@ -452,7 +452,7 @@ async def limit(node: Node, client: str, bytes_per_second: float) -> None:
 async def test_a_quota_slows_down_and_loses_nothing(node: Node, module: str) -> None:
     """A client that reads more than its quota gets the rest later, each record once."""
     async with log_of(node, module, node.direct, instance=module) as log:
-        await limit(node, module, 100_000)
+        await limit(node, module, 30_000)
         values = [b"%d" % number * 28_000 for number in range(4)]
         for value in values:
             await log.append(value)

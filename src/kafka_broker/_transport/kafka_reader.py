@@ -138,7 +138,7 @@ class KafkaReader:
         except asyncio.CancelledError:
             self._asking = None
             current = asyncio.current_task()
-            if self._closed and current is not None and not current.cancelling():
+            if current is not None and not current.cancelling():  # it was not us who were cancelled
                 raise self._ended() from None
             raise
         except FOREIGN as exc:
