@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -86,6 +87,7 @@ class Several(RuleBasedStateMachine):
         self.phase = OPEN
         self.limits: dict[int, float] = {}
         self.unacknowledged: dict[int, int] = {}
+        self.gaps: dict[int, float] = {}
         self.lanes_of: dict[tuple[int, bytes], list[One]] = {}
 
     @initialize(
@@ -324,9 +326,9 @@ class Several(RuleBasedStateMachine):
         """Offsets are on their way; more may begin when they are known to be committed."""
         for number, partition in self.lanes.partitions.items():
             offset = partition.watermark.advance()
-            expected = 0
+            expected, gap = 0, self.gaps.get(number, math.inf)
             for one in self._of(number):
-                if not one.ended:
+                if not one.ended or one.offset > gap:
                     break
                 expected = one.offset + 1
             fresh = any(one.offset < expected and not one.committed for one in self._of(number))
@@ -365,6 +367,9 @@ class Several(RuleBasedStateMachine):
         """The time for that is over."""
         self.phase = CLEARED
         self.lanes.clear()
+        for one in self.ones:  # what has not begun is the next replica's, and holds up commits
+            if not one.begun:
+                self.gaps[one.number] = min(one.offset, self.gaps.get(one.number, math.inf))
         self.ones = [one for one in self.ones if one.begun]
 
     @precondition(lambda self: self.phase != OPEN and (self.phase == CLEARED or self.lanes.idle))
@@ -375,6 +380,7 @@ class Several(RuleBasedStateMachine):
             self._end(one, well=False)
         self.old = self._in(*BEGUN)
         self.ones, self.unacknowledged, self.batch, self.closing = [], {}, [], False
+        self.gaps.clear()
         self.lanes.assign(())
         self._assign(count)
         self.phase = OPEN if count else CLEARED
