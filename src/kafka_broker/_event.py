@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol
 from uuid import UUID
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
@@ -76,6 +76,18 @@ class Hop(BaseModel):
     time_received: float | int | None = None
 
 
+_set_dict, _set_fields_set, _set_extra, _set_private = (
+    BaseModel.__dict__[name].__set__
+    for name in (
+        "__dict__",
+        "__pydantic_fields_set__",
+        "__pydantic_extra__",
+        "__pydantic_private__",
+    )
+)
+"""Set what every pydantic model consists of; `object.__setattr__` takes twice as long."""
+
+
 def _text(value: object) -> object:
     return str(value) if isinstance(value, (UUID, int)) else value
 
@@ -87,41 +99,51 @@ def new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
+def note_receipt(event: EventObject[Any], seconds: int) -> None:
+    """Write into the audit log when *event* was received; as an attribute it costs 0.3 us more."""
+    if event.audit_log:
+        event.audit_log[-1].__dict__["time_received"] = seconds
+
+
 def work_of(event: EventObject[Any]) -> Work | None:
     """Return the work that handles *event*, if it is one that was received and is being handled."""
     private = event.__pydantic_private__
     return None if private is None else private.get("_work")
 
 
-def set_work(event: EventObject[Any], work: Work) -> None:
-    """Let *event* know its record. A declared private attribute costs 1 us more for each event."""
-    private = event.__pydantic_private__
-    if private is not None:
-        private["_work"] = work
-
-
-def with_data(event: EventObject[Any], data: object) -> EventObject[Any]:
-    """Return a copy of *event* with other data; by pydantic's own way it costs 5 us more."""
-    copied = type(event).__new__(type(event))
-    private = event.__pydantic_private__
-    object.__setattr__(copied, "__dict__", {**event.__dict__, "data": data})
-    object.__setattr__(copied, "__pydantic_extra__", None)
-    object.__setattr__(copied, "__pydantic_fields_set__", event.__pydantic_fields_set__ | {"data"})
-    object.__setattr__(copied, "__pydantic_private__", private and dict(private))
-    return copied
-
-
 def request_of(event: EventObject[Any]) -> Request | None:
-    """Return whom to answer *event*, if anybody; by pydantic's own way it costs 1 us more."""
+    """Return whom to answer *event*, if anybody."""
     private = event.__pydantic_private__
     return None if private is None else private.get("_request")
 
 
-def set_request(event: EventObject[Any], request: Request) -> None:
-    """Let *event* know whom to answer."""
+def remember(
+    event: EventObject[Any], *, request: Request | None = None, work: Work | None = None
+) -> None:
+    """Let *event* know whom to answer, and the work that handles it.
+
+    Copies and pickles know it, too, as pydantic has this place for a model's private attributes.
+    To declare them there costs 2 us for each event that is made or read.
+    """
     private = event.__pydantic_private__
-    if private is not None:
+    if private is None:
+        private = {}
+        _set_private(event, private)
+    if request is not None:
         private["_request"] = request
+    if work is not None:
+        private["_work"] = work
+
+
+def with_data(event: EventObject[Any], data: object) -> EventObject[Any]:
+    """Return a copy of *event* with other data; by pydantic's own way it costs 2 us more."""
+    copied = type(event).__new__(type(event))
+    private, fields_set = event.__pydantic_private__, event.__pydantic_fields_set__
+    _set_dict(copied, {**event.__dict__, "data": data})
+    _set_fields_set(copied, fields_set if "data" in fields_set else fields_set | {"data"})
+    _set_extra(copied, None)
+    _set_private(copied, private and dict(private))
+    return copied
 
 
 class EventObject(BaseModel, Generic[Data]):
@@ -142,8 +164,6 @@ class EventObject(BaseModel, Generic[Data]):
     """``pending`` in a request, ``completed`` or ``error`` in a reply."""
     audit_log: list[Hop] = Field(default_factory=list)
     """Every hop so far, the oldest first."""
-
-    _request: Request | None = PrivateAttr(default=None)
 
     @property
     def record(self) -> Record | None:

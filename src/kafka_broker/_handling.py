@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kafka_broker import _wire
-from kafka_broker._answering import answering
-from kafka_broker._event import PENDING, RESPOND, EventObject, request_of, set_work
-from kafka_broker._middleware import (
-    Handle,
-    Middleware,
-    dead_lettering,
-    deadline,
-    guarding,
-    observing,
-    postponing,
-    retrying,
-    wrapped,
-)
+from kafka_broker._answering import Answers
+from kafka_broker._event import PENDING, RESPOND, EventObject, remember, request_of
+from kafka_broker._invoking import Invoker
+from kafka_broker._middleware import Handle, Middleware, wrapped
 from kafka_broker._outbox import Transfer
 from kafka_broker._transport import Outgoing
 from kafka_broker.errors import ConfigurationError, EventDecodeError, NoHandlerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from kafka_broker._handler import Handler, Scope
     from kafka_broker._lanes import Work
@@ -34,6 +26,8 @@ if TYPE_CHECKING:
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._storage import ConsumerStorage
     from kafka_broker._transport import Transport
+
+    Invocation = Callable[[Work, EventObject[Any]], Coroutine[Any, Any, None]]
 
 _logger = logging.getLogger("kafka_broker.handling")
 
@@ -71,9 +65,16 @@ class Handling:
         self._transport = transport
         self._outbox = outbox
         self._scope = scope
-        self._ending = ending
+        self._invoker = Invoker(
+            answers=Answers(outbox, settings.module),
+            bury=self._bury,
+            postpone=self._postpone,
+            now=transport.now,
+            metrics=metrics,
+            ending=ending,
+        )
         self._group = settings.group_id.encode()
-        self._handles: dict[Handler | None, Handle] = {}
+        self._invocations: dict[Handler | None, Invocation] = {}
         for handler in router.handlers() if router is not None else ():
             self._compile(handler)
 
@@ -90,23 +91,23 @@ class Handling:
             _logger.error("%s", exc)  # noqa: TRY400  # the traceback would quote the payload
             self._bury(work, exc)
             return
-        if self._is_reply(event):
+        if event.event == RESPOND and self._is_reply(event):
             self._storage.put_reply(event.correlation_id, record)
         elif self._router is None:
             await self._store(work, event)
         else:
-            set_work(event, work)
+            remember(event, work=work)
             work.request = request_of(event)
             handler = self._router.match(event.event)
             if work.behind is not None and (handler is None or handler.terms.batch is None):
                 await work.engine.wait_for_turn(work)
             try:
-                handle = self._handles.get(handler) or self._compile(handler)
+                invoke = self._invocations.get(handler) or self._compile(handler)
             except ConfigurationError as exc:  # it was bound after the start
                 _logger.exception("event %r (%s) cannot be handled", event.event, work.where)
                 self._bury(work, exc)
             else:
-                await handle(event)
+                await invoke(work, event)
 
     def put_off(self, work: Work) -> None:
         """Leave an event that waits for its next try to the next replica."""
@@ -139,7 +140,7 @@ class Handling:
 
     def _is_reply(self, event: EventObject[Any]) -> bool:
         """Return whether a peer without reply headers, a kafka-broker 0.4, answers to our topic."""
-        if event.event != RESPOND or event.status == PENDING:
+        if event.status == PENDING:
             return False
         unbound = self._router is None or self._router.match(RESPOND) is None
         return unbound or self._storage.waits_for(event.correlation_id)
@@ -152,32 +153,20 @@ class Handling:
         finally:
             work.resting = False
 
-    def _compile(self, handler: Handler | None) -> Handle:
-        """Put everything around a handler that belongs there, once."""
-        settings, metrics, outbox = self._settings, self._metrics, self._outbox
-        now = self._transport.now
-        around = [
-            deadline(now, metrics),
-            dead_lettering(self._bury),
-            answering(outbox, settings.module, metrics),
-            postponing(self._postpone, now, metrics),
-            observing(now, metrics),
-        ]
-        if handler is None:
-            handle = wrapped(_refuse, around)
-        else:
-            around += [
-                retrying(handler.terms.retry or settings.retry, now, metrics),
-                guarding(handler.terms.timeout or settings.handler_timeout, self._ending),
-                *self._middleware,
-            ]
-            handle = self._wrapped(handler, around)
-        self._handles[handler] = handle
-        return handle
+    def _compile(self, handler: Handler | None) -> Invocation:
+        """Return how to invoke a handler inside of its middleware; once for each."""
+        policy, timeout = self._settings.retry, self._settings.handler_timeout
+        handle: Handle = _refuse
+        if handler is not None:
+            policy, timeout = handler.terms.retry or policy, handler.terms.timeout or timeout
+            handle = self._wrapped(handler)
+        invocation = partial(self._invoker.invoke, handle, policy=policy, timeout=timeout)
+        self._invocations[handler] = invocation
+        return invocation
 
-    def _wrapped(self, handler: Handler, around: Sequence[Middleware]) -> Handle:
+    def _wrapped(self, handler: Handler) -> Handle:
         try:
-            return wrapped(handler.handle(self._scope), around)
+            return wrapped(handler.handle(self._scope), self._middleware)
         except ConfigurationError:
             raise
         except Exception as exc:  # it is the user's code, and runs at the start

@@ -28,6 +28,7 @@ def isolated(handling: Coroutine[Any, Any, None], work: Work) -> Generator[Any, 
             waits_for = run(step, argument)
         except StopIteration:
             return
+        work.engine.wake()  # another worker goes on while this one waits
         try:
             argument = yield waits_for
             step = handling.send

@@ -40,7 +40,6 @@ class Work:
         resumes: the time of the loop at which that is over.
         expires: the time of the loop at which its handler has had its time.
         timed_out: whether that time has come.
-        postponed: whether it goes through the retry topic, so that its reply comes later.
         too_late: whether its deadline passed while it waited in a batch.
         seated: whether it holds a seat.
         task: the worker that handles it.
@@ -61,7 +60,6 @@ class Work:
     resumes: float = 0.0
     expires: float = math.inf
     timed_out: bool = False
-    postponed: bool = False
     too_late: bool = False
     seated: bool = False
     task: asyncio.Task[None] | None = None
@@ -271,7 +269,8 @@ class Lanes:
         work.partition.running -= 1
         if not work.partition.running and self._is_ours(work.partition):
             self._quiet += 1
-        self._seat_returning()
+        if self._returning:
+            self._seat_returning()
 
     def return_to_seat(self, work: Work, seated: Callable[[], None]) -> None:
         """Seat a record that has waited, before any new one; *seated* is called when it is."""

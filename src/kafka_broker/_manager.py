@@ -102,6 +102,9 @@ class BrokerManager:
     @property
     def consumer_storage(self) -> ConsumerStorage:
         """What has arrived and was not taken yet, and the waits for what has not arrived."""
+        storage = self._storage
+        if storage is not None:
+            return storage
         with self._making:
             if self._storage is None:
                 settings = self.settings
@@ -201,6 +204,9 @@ class BrokerManager:
         return delivery
 
     def _open_outbox(self) -> Outbox:
+        outbox = self._outbox
+        if outbox is not None:
+            return outbox
         with self._making:
             if self._outbox is None:
                 settings = self.settings

@@ -28,7 +28,7 @@ from kafka_broker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kafka_broker._metrics import Metrics
 
@@ -144,16 +144,18 @@ class Outbox:
             BrokerClosedError: the broker has stopped.
         """
         delivery = Delivery(self, topic, record, partition)
-        delivery._keyed = keyed
-        delivery._addressed = addressed
-        delivery._useless_after = useless_after
+        if keyed or addressed or useless_after is not None:
+            delivery._keyed = keyed
+            delivery._addressed = addressed
+            delivery._useless_after = useless_after
         delivery._on_failure = on_failure
         with self._lock:
             if self._closed is not None:
                 raise BrokerClosedError(self._closed)
             if not urgent and self._is_full(delivery._size):
                 raise OutboxFullError(topic, self._fullness())
-            self._schedule()
+            if not self._scheduled:
+                self._schedule()
             self._events += 1
             self._bytes += delivery._size
             self._arrived.append(delivery)
@@ -169,7 +171,7 @@ class Outbox:
         return self._events >= self._max_events or self._bytes + size > self._max_bytes
 
     def _schedule(self) -> None:
-        if self._loop is None or self._scheduled:
+        if self._loop is None:
             return
         ours = threading.get_ident() == self._thread
         call_soon = self._loop.call_soon if ours else self._loop.call_soon_threadsafe
@@ -251,8 +253,7 @@ class Outbox:
                     topic.lookup.cancel()
             self._fail(topic.waiting, "the broker stopped before it was sent")
             for lane in topic.lanes.values():
-                for delivery in lane.sending:
-                    self._end(delivery, DeliveryUnknownError(topic.name, "the broker stopped"))
+                self._end(lane.sending, DeliveryUnknownError(topic.name, "the broker stopped"))
                 self._fail(lane.queue, "the broker stopped before it was sent")
         self._topics.clear()
         self._loop = None
@@ -267,14 +268,14 @@ class Outbox:
         error = DeliveryError(delivery.topic, reason, retriable=True)
         delivery._noticed = True
         delivery._on_failure = None
-        self._end(delivery, error)
+        self._end([delivery], error)
         return error
 
     def wait_for(self, delivery: Delivery) -> asyncio.Future[None]:
         """Return a future of the running loop that ends with *delivery*."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        delivery._waiters.append(waiter)
+        delivery._waiters = (*delivery._waiters, waiter)
         if delivery._state is ENDED:
             wake(waiter)
         elif self._loop is None:
@@ -289,7 +290,7 @@ class Outbox:
         def give_up() -> None:
             if self._loop is None and delivery._state is WAITING:
                 reason = f"the broker was not started within {self._timeout:g} s"
-                self._end(delivery, DeliveryError(delivery.topic, reason, retriable=True))
+                self._end([delivery], DeliveryError(delivery.topic, reason, retriable=True))
 
         timer = loop.call_later(self._timeout, give_up)
         waiter.add_done_callback(lambda _: timer.cancel())
@@ -396,7 +397,7 @@ class Outbox:
                 lanes[lane] = None
             else:
                 reason = f"it has no partition {delivery.partition}, only {topic.count}"
-                self._end(delivery, DeliveryError(topic.name, reason))
+                self._end([delivery], DeliveryError(topic.name, reason))
         for lane in lanes:
             self._send(lane)
 
@@ -426,7 +427,7 @@ class Outbox:
                     batch.append(delivery)
                 else:
                     delivery._on_failure = None
-                    self._end(delivery, DeliveryError(lane.topic, "its deadline passed unsent"))
+                    self._end([delivery], DeliveryError(lane.topic, "its deadline passed unsent"))
                     delivery._noticed = True  # by the timeout of the one who asked
             lane.queue.popleft()
         return batch
@@ -442,8 +443,7 @@ class Outbox:
             self._put_back(lane, batch, error)
             return
         else:
-            for delivery in batch:
-                self._end(delivery, error)
+            self._end(batch, error)
         self._send(lane)
 
     def _error_of(self, lane: _Lane, sent: asyncio.Future[Appended]) -> DeliveryError | None:
@@ -462,7 +462,7 @@ class Outbox:
         for offset, delivery in enumerate(batch, appended.offset):
             if delivery._state is not ENDED:
                 delivery.offset, delivery.timestamp = offset, timestamp
-                self._end(delivery, None)
+        self._end(batch, None)
 
     def _put_back(self, lane: _Lane, batch: list[Delivery], error: DeliveryError) -> None:
         """Queue a batch again that is surely not in the log, and rest a little."""
@@ -494,7 +494,7 @@ class Outbox:
                 for delivery in lane.sending:
                     if delivery._expires <= now:
                         reason = f"no acknowledgement within {self._timeout:g} s"
-                        self._end(delivery, DeliveryUnknownError(lane.topic, reason))
+                        self._end([delivery], DeliveryUnknownError(lane.topic, reason))
                     elif delivery._state is not ENDED:
                         earliest = min(earliest, delivery._expires)
                 earliest = min(earliest, self._expire(lane.queue, now, lane.reason))
@@ -506,23 +506,28 @@ class Outbox:
         while queue and (queue[0]._expires <= now or queue[0]._state is ENDED):
             delivery = queue.popleft()
             text = f"not sent within {self._timeout:g} s: {reason}"
-            self._end(delivery, DeliveryError(delivery.topic, text, retriable=True))
+            self._end([delivery], DeliveryError(delivery.topic, text, retriable=True))
         return queue[0]._expires if queue else now + self._timeout
 
     def _fail(self, queue: deque[Delivery], reason: str) -> None:
         while queue:
             delivery = queue.popleft()
-            self._end(delivery, DeliveryError(delivery.topic, reason, retriable=True))
+            self._end([delivery], DeliveryError(delivery.topic, reason, retriable=True))
 
-    def _end(self, delivery: Delivery, error: DeliveryError | None) -> None:
-        """End a delivery once; every delivery passes here exactly once."""
-        if delivery._state is ENDED:
+    def _end(self, deliveries: Iterable[Delivery], error: DeliveryError | None) -> None:
+        """End those that have not ended; every delivery is ended here, once."""
+        events = size = 0
+        for delivery in deliveries:
+            if delivery._state is not ENDED:
+                events += 1
+                size += delivery._size
+                delivery._end(error)
+        if not events:
             return
-        delivery._end(error)
-        self._metrics.count("events_undelivered" if error else "events_delivered")
+        self._metrics.count("events_undelivered" if error else "events_delivered", events)
         with self._lock:
-            self._events -= 1
-            self._bytes -= delivery._size
+            self._events -= events
+            self._bytes -= size
         if not self._is_full(0):
             self._roomy.set()
         if not self._events and self._emptied is not None and not self._emptied.done():

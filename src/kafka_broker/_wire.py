@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -24,7 +24,8 @@ from kafka_broker._event import (
     EventObject,
     Hop,
     Request,
-    set_request,
+    note_receipt,
+    remember,
 )
 from kafka_broker._verdicts import HandlerTimeoutError, Reject, RetryLater
 from kafka_broker.errors import EventDecodeError, NoHandlerError, RemoteError, RequestError
@@ -59,6 +60,8 @@ _ENVELOPE = frozenset({"correlation_id", "event"})
 _TRACE_PARENT = re.compile(
     rb"(?!ff)[\da-f]{2}-(?!0{32})[\da-f]{32}-(?!0{16})[\da-f]{16}-[\da-f]{2}"  # W3C
 )
+_read_envelope: Final = EventObject.__pydantic_validator__.validate_json
+"""By way of `EventObject.model_validate_json` it costs 0.6 us more."""
 _TRACE_STATE = re.compile(rb"[\x20-\x7e]{1,512}")
 
 
@@ -276,10 +279,9 @@ def decode(record: Record, headers: Mapping[str, bytes | None] | None = None) ->
     correlation = headers.get(CORRELATION_ID)
     if correlation is not None and not enveloped:
         event.correlation_id = id_text(correlation)
-    if event.audit_log:
-        event.audit_log[-1].time_received = int(time.time())
+    note_receipt(event, int(time.time()))
     if (request := _request(event, headers, enveloped=enveloped)) is not None:
-        set_request(event, request)
+        remember(event, request=request)
     return event
 
 
@@ -309,10 +311,10 @@ def _read_value(record: Record) -> tuple[EventObject[Any], bool]:
     if record.value is None:
         return EventObject(event=""), False
     try:
-        event = EventObject.model_validate_json(record.value)
+        event: EventObject[Any] = _read_envelope(record.value)
     except ValidationError:
         return _read_foreign(record)
-    if "correlation_id" in event.model_fields_set:
+    if "correlation_id" in event.__pydantic_fields_set__:
         return event, True
     return _read_foreign(record)
 

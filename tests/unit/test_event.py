@@ -13,8 +13,8 @@ from kafka_broker._event import (
     Hop,
     Request,
     new_id,
+    remember,
     request_of,
-    set_request,
     with_data,
 )
 
@@ -53,7 +53,7 @@ def test_a_new_event_is_pending_and_has_made_no_hop() -> None:
         event.status,
         event.audit_log,
     )
-    assert event._request is None
+    assert request_of(event) is None
 
 
 def test_an_event_needs_a_name() -> None:
@@ -103,7 +103,7 @@ def test_a_copy_with_other_data_is_what_pydantic_would_make() -> None:
     event: EventObject[Any] = EventObject(
         event="a", data={"n": 1}, audit_log=[Hop(location="Shop")]
     )
-    set_request(event, request)
+    remember(event, request=request)
     copied, expected = with_data(event, 2), event.model_copy(update={"data": 2})
     assert expected == copied
     assert expected.model_fields_set == copied.model_fields_set

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from kafka_broker import EventObject
-from kafka_broker._event import Request
+from kafka_broker._event import Request, remember, request_of
 from kafka_broker._handler import Handler, Payload, Scope
 from kafka_broker.errors import ConfigurationError, EventDecodeError
 
@@ -166,14 +166,15 @@ async def test_the_event_with_its_data_as_a_model() -> None:
     data = {"number": "1", "amount": "2"}
     event = EventObject(event="a", data=data, status="odd")
     before = event.model_dump()
-    request = event._request = Request("topic", 1, b"id")
+    request = Request("topic", 1, b"id")
+    remember(event, request=request)
     given: EventObject[Card] = await Handler(handler).call(event, Scope(anyio.CapacityLimiter(1)))
     assert Card(number="1", amount=2) == given.data
     assert isinstance(given, EventObject)
     assert before == event.model_dump()
     assert {**before, "data": given.data.model_dump()} == given.model_dump()
-    assert (request, event.audit_log) == (given._request, given.audit_log)
-    assert request is given._request
+    assert (request, event.audit_log) == (request_of(given), given.audit_log)
+    assert request is request_of(given)
 
 
 @pytest.mark.parametrize(

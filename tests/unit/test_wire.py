@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, field_serializer
 
 from kafka_broker import _wire as wire
-from kafka_broker._event import EventObject, Hop, Request
+from kafka_broker._event import EventObject, Hop, Request, request_of
 from kafka_broker.errors import (
     BrokerError,
     EventDecodeError,
@@ -79,9 +79,14 @@ def read(value: object, *headers: tuple[str, bytes | None]) -> EventObject[Any]:
     return wire.decode(Arrived(json.dumps(value).encode(), headers))
 
 
-def request_of(*headers: tuple[str, bytes | None], value: object = None) -> Request:
+def request_from(*headers: tuple[str, bytes | None], value: object = None) -> Request:
     """Decode a record with these headers; returns what it remembers of its sender."""
-    request = read({"x": 1} if value is None else value, *headers)._request
+    return sender_of(read({"x": 1} if value is None else value, *headers))
+
+
+def sender_of(event: EventObject[Any]) -> Request:
+    """Return what an event remembers of its sender."""
+    request = request_of(event)
     assert request is not None
     return request
 
@@ -300,10 +305,10 @@ def test_any_bytes_are_an_event_or_a_decode_error(
         assert value is not None
         return
     wire.encode(event, "Shop")
-    if event._request is not None:
-        wire.reply_headers(event._request)
-        wire.forward_headers(event._request)
-        wire.encode_reply(event, None, event._request, "Shop")
+    if (request := request_of(event)) is not None:
+        wire.reply_headers(request)
+        wire.forward_headers(request)
+        wire.encode_reply(event, None, request, "Shop")
     wire.error_of(event)
 
 
@@ -323,15 +328,14 @@ def test_a_tombstone_is_an_event_without_name_and_data() -> None:
     """A record without a value is an event that a storage can hold."""
     event = wire.decode(Arrived(None))
     assert ("", None) == (event.event, event.data)
-    assert event._request is None
+    assert request_of(event) is None
 
 
 def test_a_tombstone_may_be_answered() -> None:
     """Its reply address is in its headers, as of every other record."""
     headers = [(wire.CORRELATION_ID, b"c-1"), (wire.REPLY_TOPIC, b"Shop.replies")]
     event = wire.decode(Arrived(None, headers))
-    assert event._request is not None
-    assert ("c-1", "Shop.replies") == (event.correlation_id, event._request.topic)
+    assert ("c-1", "Shop.replies") == (event.correlation_id, sender_of(event).topic)
 
 
 @given(
@@ -431,7 +435,7 @@ def test_request_headers_are_read_back(
         *wire.address(topic, partition, instance),
     )
     event = EventObject(event="a", correlation_id=correlation_id)
-    request = wire.decode(Arrived(wire.encode(event, "Shop"), headers))._request
+    request = request_of(wire.decode(Arrived(wire.encode(event, "Shop"), headers)))
     assert request is not None
     assert (topic, partition) == (request.topic, request.partition)
     assert (correlation_id.encode(), instance.encode()) == (request.correlation, request.instance)
@@ -475,7 +479,7 @@ def test_a_reply_partition_is_four_bytes_or_digits(
 ) -> None:
     """Spring's int, NestJS's text, four digits as text; whatever is neither means any partition."""
     headers = (wire.REPLY_TOPIC, b"Shop.replies"), (wire.REPLY_PARTITION, raw)
-    assert partition == request_of(*headers).partition
+    assert partition == request_from(*headers).partition
 
 
 @pytest.mark.parametrize(
@@ -494,7 +498,7 @@ def test_a_reply_partition_is_four_bytes_or_digits(
 )
 def test_a_deadline_is_milliseconds_in_digits(raw: bytes | None, seconds: float | None) -> None:
     """Anything else is no deadline."""
-    assert seconds == request_of((wire.REPLY_TOPIC, b"t"), (wire.DEADLINE, raw)).deadline
+    assert seconds == request_from((wire.REPLY_TOPIC, b"t"), (wire.DEADLINE, raw)).deadline
 
 
 @pytest.mark.parametrize(
@@ -514,9 +518,8 @@ def test_a_deadline_is_milliseconds_in_digits(raw: bytes | None, seconds: float 
 def test_a_correlation_id_is_shown_as_text_and_echoed_byte_by_byte(raw: bytes, text: str) -> None:
     """Spring sends 16 bytes, NestJS text; both get back exactly what they sent."""
     event = read({"x": 1}, (wire.CORRELATION_ID, raw), (wire.REPLY_TOPIC, b"t"))
-    assert event._request is not None
-    assert (text, raw) == (event.correlation_id, event._request.correlation)
-    assert raw == dict(wire.reply_headers(event._request))[wire.CORRELATION_ID]
+    assert (text, raw) == (event.correlation_id, sender_of(event).correlation)
+    assert raw == dict(wire.reply_headers(sender_of(event)))[wire.CORRELATION_ID]
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -534,15 +537,15 @@ def test_a_peer_without_instance_header_waits_for_sure() -> None:
     address = (wire.REPLY_TOPIC, b"t")
     ours = (wire.INSTANCE, b"shop-1")
     cases = [(address,), (address, ours), (address, ours, (wire.DEADLINE, b"5"))]
-    assert [True, False, True] == [request_of(*headers).awaited for headers in cases]
+    assert [True, False, True] == [request_from(*headers).awaited for headers in cases]
 
 
 def test_nobody_to_answer_is_no_request() -> None:
     """Without a reply topic and without an audit log nothing is remembered."""
-    assert read({"x": 1})._request is None
-    assert read({"x": 1}, (wire.CORRELATION_ID, b"c"))._request is None
-    assert read({"x": 1}, (wire.REPLY_TOPIC, b""))._request is None
-    assert read({"x": 1}, (wire.REPLY_TOPIC, None))._request is None
+    assert request_of(read({"x": 1})) is None
+    assert request_of(read({"x": 1}, (wire.CORRELATION_ID, b"c"))) is None
+    assert request_of(read({"x": 1}, (wire.REPLY_TOPIC, b""))) is None
+    assert request_of(read({"x": 1}, (wire.REPLY_TOPIC, None))) is None
 
 
 def test_a_reply_is_led_by_id_and_instance() -> None:
@@ -566,7 +569,7 @@ def test_a_forwarded_event_keeps_the_address_of_its_first_sender(
     """The next module answers the first sender; but it does not have to, so nobody surely waits."""
     first = Request("Shop.replies", partition, correlation, instance, deadline, awaited=True)
     value = wire.encode(EventObject(event="a"), "Bank")
-    second = wire.decode(Arrived(value, wire.forward_headers(first)))._request
+    second = request_of(wire.decode(Arrived(value, wire.forward_headers(first))))
     assert second is not None
     assert not second.awaited
     assert (first.topic, partition, correlation, instance) == (
@@ -616,8 +619,7 @@ def test_a_peer_without_envelopes_gets_bare_data() -> None:
     bare = read({"amount": 3}, (wire.REPLY_TOPIC, b"t"))
     enveloped = read({"event": "a", "correlation_id": "c"}, (wire.REPLY_TOPIC, b"t"))
     for event, expected in ((bare, b'{"sum":4}'), (enveloped, None)):
-        assert event._request is not None
-        value = wire.encode_reply(event, {"sum": 4}, event._request, "Bank")
+        value = wire.encode_reply(event, {"sum": 4}, sender_of(event), "Bank")
         if expected is None:
             assert {"sum": 4} == json.loads(value)["data"]
         else:
@@ -627,9 +629,8 @@ def test_a_peer_without_envelopes_gets_bare_data() -> None:
 def test_bare_data_without_a_form_in_json_is_a_type_error() -> None:
     """The same refusal as for an envelope."""
     bare = read({"amount": 3}, (wire.REPLY_TOPIC, b"t"))
-    assert bare._request is not None
     with pytest.raises(TypeError, match="has no form in JSON"):
-        wire.encode_reply(bare, object(), bare._request, "Bank")
+        wire.encode_reply(bare, object(), sender_of(bare), "Bank")
 
 
 def test_a_problem_never_shows_the_text_of_a_handlers_exception() -> None:
@@ -762,7 +763,7 @@ def test_a_captured_request_of_0_4_is_read() -> None:
     )
     assert 1795474891 == event.audit_log[0].time_sent
     expected = Request("io.org.230123", None, b"8e6786f1-891e-4ae9-8f8f-2d294c0adb4f")
-    assert expected == event._request
+    assert expected == request_of(event)
 
 
 def test_a_captured_reply_of_0_4_is_read() -> None:
@@ -772,7 +773,7 @@ def test_a_captured_reply_of_0_4_is_read() -> None:
     assert ("respond", "completed") == (event.event, event.status)
     assert {"message": "doubled", "status_code": 200, "payload": {"result": 42}} == event.data
     assert ["io.org.230123", "io.svc.230123"] == [hop.location for hop in event.audit_log]
-    assert event._request is None
+    assert request_of(event) is None
     assert wire.error_of(event) is None
 
 
@@ -804,8 +805,7 @@ def test_our_request_keeps_the_rules_of_0_4() -> None:
 def test_our_reply_keeps_the_rules_of_0_4() -> None:
     """It is a `respond`, completed; its first hop is the requester's, received at whole seconds."""
     event = wire.decode(Arrived(CAPTURED_REQUEST))
-    assert event._request is not None
-    value = wire.encode_reply(event, {"result": 42}, event._request, "Shop")
+    value = wire.encode_reply(event, {"result": 42}, sender_of(event), "Shop")
     envelope = rules_kept(value, status="completed", first="io.org.230123", last="Shop")
     assert ("respond", {"result": 42}) == (envelope["event"], envelope["data"])
     first = envelope["audit_log"][0]
@@ -820,8 +820,7 @@ def test_our_reply_keeps_the_rules_of_0_4() -> None:
 def test_an_error_reply_keeps_the_rules_of_0_4() -> None:
     """Status error, an object as data."""
     event = wire.decode(Arrived(CAPTURED_REQUEST))
-    assert event._request is not None
     problem = wire.problem(ValueError(SECRET), event, "Shop")
-    value = wire.encode_reply(event, problem, event._request, "Shop", status="error")
+    value = wire.encode_reply(event, problem, sender_of(event), "Shop", status="error")
     envelope = rules_kept(value, status="error", first="io.org.230123", last="Shop")
     assert isinstance(envelope["data"], dict)
