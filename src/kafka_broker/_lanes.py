@@ -92,9 +92,12 @@ class Work:
 
     def done(self) -> bool:
         """Return whether the offset may be committed as far as this record goes."""
-        if not self.ended or not self.endings:
-            return self.ended
-        return all(ending.done() for ending in self.endings)
+        if not self.ended:
+            return False
+        for ending in self.endings:  # noqa: SIM110  # a generator costs 0.3 us more
+            if not ending.done():
+                return False
+        return True
 
 
 class Partition:
@@ -313,6 +316,7 @@ class Lanes:
         partition.size -= work.size
         if work.ended and work.record.offset > partition.last_ended:
             partition.last_ended = work.record.offset
+            partition.watermark.pass_done()  # at the next commit it would be garbage that has aged
         neighbour = work.follower or work.behind or work.beside
         before = self._leave_lane(work) if neighbour is not None else None
         key = work.record.key

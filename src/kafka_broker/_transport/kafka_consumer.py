@@ -127,10 +127,12 @@ class _Consumer:
         self._history = history
         self._turn = 0
 
-    async def _poll(self, *places: TopicPartition, timeout: float) -> list[Record]:
+    async def _poll(
+        self, *places: TopicPartition, timeout: float
+    ) -> dict[TopicPartition, list[Record]]:
         """Return what has arrived, or has in *places* if there are any."""
         try:
-            batches = await self._consumer.getmany(
+            batches: dict[TopicPartition, list[Record]] = await self._consumer.getmany(
                 *places, timeout_ms=timeout * 1000, max_records=_POLL_RECORDS
             )
         except FOREIGN as exc:
@@ -140,7 +142,7 @@ class _Consumer:
             raise unavailable("a record cannot be parsed", exc) from exc
         if not batches:
             self._check_alive()
-        return [record for batch in batches.values() for record in batch]
+        return batches
 
     async def _poll_carefully(
         self, places: Sequence[TopicPartition], timeout: float
@@ -294,9 +296,11 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         """Hand on what is held, if its epoch is the one that lasts."""
         if self._held_epoch != self._epoch or not self._assigned.is_set():
             return []
-        records = [record for record in self._held if record.partition not in leave_out]
-        self._held = [record for record in self._held if record.partition in leave_out]
-        return records
+        held, self._held = self._held, []
+        if not leave_out:
+            return held
+        self._held = [record for record in held if record.partition in leave_out]
+        return [record for record in held if record.partition not in leave_out]
 
     async def _poll_fairly(self, leave_out: Collection[int], timeout: float) -> Sequence[Record]:
         """Return records, first of partitions that others have kept waiting.
@@ -313,22 +317,23 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             places = []  # that means all, also those that are assigned while we wait
         elif not places:
             places = [TopicPartition(self._topic, -1)]  # wait, but for nothing
-        records: list[Record] = []
+        batches: dict[TopicPartition, list[Record]] = {}
         try:
             async with asyncio.timeout(timeout + _GRACE):
                 if single is not None:
                     return await self._poll_carefully(single, timeout)
                 if self._served and others:
-                    records = await self._poll(*others, timeout=0)
-                if not records:
+                    batches = await self._poll(*others, timeout=0)
+                if not batches:
                     self._served.clear()
-                    records = await self._poll(*places, timeout=timeout)
+                    batches = await self._poll(*places, timeout=timeout)
         except TimeoutError:  # in a rebalance aiokafka waits for its end
             self._check_alive()
+        records = [record for batch in batches.values() for record in batch]
         if len(records) < _POLL_RECORDS:
             self._served.clear()
         else:
-            self._served.update(TopicPartition(r.topic, r.partition) for r in records)
+            self._served.update(batches)
         return records
 
     async def commit(self, offsets: Mapping[int, int]) -> bool:
