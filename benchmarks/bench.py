@@ -2,7 +2,10 @@
 
 The systems take turns, round by round; each measurement has processes of its own. Each result is
 one line of JSON, on the standard output or in a file; `report.py` makes tables and plots of them.
-What counts is the ratio of the medians.
+What counts is the ratio to a peer in the same round. For the figures of our documentation:
+
+    python benchmarks/bench.py --short --seconds 1.5 --output results.jsonl
+    python benchmarks/report.py results.jsonl --doc docs/explanation/performance.md
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import asyncio
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -25,7 +29,7 @@ import environments
 import raw
 from jobs import FailedError
 from kafka_broker.testing import kafka_server
-from suites import OPTIONAL, PREFIX, SUITES, Bench, Suite
+from suites import OPTIONAL, PREFIX, SUITES, Bench, Suite, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +44,8 @@ class Run:
         self._options, self._output = options, output
         self.failed = 0
         chosen = [SUITES[name] for name in options.only or SUITES]
+        if options.short:
+            chosen = [short(suite) for suite in chosen]
         self.suites = [
             suite
             for suite in chosen
@@ -58,12 +64,15 @@ class Run:
             and (name in wanted if wanted else not (self._options.smoke and name in OPTIONAL))
         ]
 
-    def estimate(self) -> float:
-        """Return about how many seconds it is going to take."""
+    def plan(self) -> str:
+        """Return about how many minutes it is going to take, in all and by suite."""
         rounds, seconds = self._options.rounds, self._options.seconds
-        return sum(
-            suite.seconds(len(self.systems(suite)), rounds, seconds) for suite in self.suites
-        )
+        minutes = {
+            suite.name: suite.seconds(len(self.systems(suite)), rounds, seconds) / 60
+            for suite in self.suites
+        }
+        each = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+        return f"This is going to take at most about {sum(minutes.values()):.0f} minutes: {each}."
 
     async def measure(self, servers: str) -> None:
         """Measure everything, in turns."""
@@ -73,14 +82,14 @@ class Run:
             if bench.smoke:
                 await bench.prepare({name for each in self.suites for name in self.systems(each)})
             for suite in self.suites:
-                for number in range(self._options.rounds):
+                for number in range(suite.rounds(self._options.rounds)):
                     await self._round(bench, suite, number)
         finally:
             await bench.close()
             await raw.delete_topics(servers, PREFIX)
 
     async def _round(self, bench: Bench, suite: Suite, number: int) -> None:
-        for case in suite.cases[: 1 if bench.smoke else None]:
+        for case in [suite.cases[suite.smoke_case]] if bench.smoke else suite.cases:
             for system in self._in_turn(suite, number):
                 begin = time.monotonic()
                 try:
@@ -112,15 +121,27 @@ def machine() -> dict[str, Any]:
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "cpus": os.cpu_count(),
             "cpu": _cpu(),
-            "load": os.getloadavg()[0],
+            "load": round(os.getloadavg()[0], 1),
             "system": platform.platform(),
             "python": platform.python_version(),
             "commit": _commit(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": _command(),
             **{name: _version(name) for name in ("aiokafka", "pydantic", "confluent-kafka")},
             "faststream": _version("faststream"),
         }
     }
+
+
+def _command() -> str:
+    """Return the command without what is only of this machine."""
+    given, words = iter(sys.argv[1:]), ["python", "benchmarks/bench.py"]
+    for each in given:
+        name, equals, _ = each.partition("=")
+        if name not in {"--servers", "--output"}:
+            words.append(shlex.quote(each))
+        elif not equals:
+            next(given)
+    return " ".join(words)
 
 
 def _cpu() -> str:
@@ -154,6 +175,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=SUITES, help="a suite; repeatable")
     parser.add_argument("--systems", action="append", help="a system; repeatable")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="what the documentation needs")
+    parser.add_argument("--plan", action="store_true", help="only say how long it would take")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--output", type=Path, help="file to append the results to")
     parser.add_argument("--smoke", action="store_true", help="each benchmark once, tiny")
@@ -162,7 +185,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.smoke:
         options.rounds, options.seconds = 1, 0.2
-    elif options.build is None:
+    elif options.build is None and not options.plan:
         systems = {name for each in options.only or SUITES for name in SUITES[each].systems}
         options.build = ["uvloop", *sorted(systems & set(options.systems or systems))]
     return options
@@ -175,6 +198,9 @@ def main() -> None:
         os.environ["KAFKA_BROKER_BOOTSTRAP_SERVERS"] = options.servers
     for name in options.build or ():
         environments.build(name, say)
+    if options.plan:
+        say(Run(options, sys.stdout).plan())
+        return
     # Tests start Kafka without the JVM's second compiler; this variable overrules its arguments.
     os.environ.setdefault("_JAVA_OPTIONS", "-XX:TieredStopAtLevel=4")
     with (
@@ -183,7 +209,7 @@ def main() -> None:
     ):
         run = Run(options, file if options.output else sys.stdout)
         if not options.smoke:
-            say(f"This is going to take about {run.estimate() / 60:.0f} minutes.")
+            say(run.plan())
         asyncio.run(run.measure(servers))
     if run.failed and options.smoke:
         sys.exit(f"{run.failed} failed")

@@ -42,7 +42,10 @@ def command(system: str, loop: str) -> tuple[list[str], dict[str, str]]:
     if system == "NestJS":
         return ["node", str(_place("NestJS") / "main.js")], {}
     python = str(_place(system) / "bin/python") if system in _BUILD else sys.executable
-    environment = {"PYTHONPATH": str(_place("uvloop"))} if loop == "uvloop" else {}
+    path = [str(_place("uvloop"))] if loop == "uvloop" else []
+    if system not in _BUILD:  # one of its own must not see what we may be imported from
+        path += filter(None, [os.environ.get("PYTHONPATH")])
+    environment = {"PYTHONPATH": os.pathsep.join(path)}
     return [python, str(HERE / "worker.py"), system, loop], environment
 
 

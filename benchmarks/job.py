@@ -27,10 +27,12 @@ class Job:
     Attributes:
         name: of the service, of its topic and of its group; its own for each measurement.
         topic: to read from, if several groups read the same.
-        level: requests in flight, or requests per second.
+        level: requests in flight, or requests per second, of each process that asks.
         size: of a payload, in bytes of JSON.
         sync: whether the handler is a plain function.
         count: how many events are in the topic.
+        replies: partitions of the reply topic.
+        replica: which of the processes that ask this is; replies come to a partition of its own.
     """
 
     role: str
@@ -44,6 +46,8 @@ class Job:
     size: int = 100
     sync: bool = False
     count: int = 0
+    replies: int = 1
+    replica: int = 0
 
     @property
     def source(self) -> str:

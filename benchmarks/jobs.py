@@ -9,6 +9,7 @@ import signal
 import tempfile
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -114,6 +115,38 @@ def cpu_seconds(pid: int) -> float:
         return float("nan")
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return own + sum(cpu_seconds(int(child)) for child in children)
+
+
+@cache
+def listening(servers: str) -> int | None:
+    """Return the process of a Kafka on this machine, or None: elsewhere, or not ours to see."""
+    host, _, port = servers.partition(",")[0].rpartition(":")
+    if host not in {"localhost", "127.0.0.1"}:
+        return None
+    listens = f":{int(port):04X} ", " 0A "  # the state, as numbered by Linux
+    try:
+        lines = [
+            line.split()
+            for name in ("tcp", "tcp6")
+            for line in Path("/proc/net", name).read_text().splitlines()
+            if all(each in line for each in listens)
+        ]
+        sockets = {f"socket:[{line[9]}]" for line in lines}
+        return next(
+            int(each.parts[2])
+            for each in Path("/proc").glob("[0-9]*/fd/*")
+            if _target(each) in sockets
+            and "java" in Path("/proc", each.parts[2], "comm").read_text()
+        )
+    except (OSError, StopIteration):
+        return None
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""  # closed by now, or another user's
 
 
 def resident_bytes(pid: int) -> float:

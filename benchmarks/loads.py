@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+PLACES: Final = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
 async def closed(
@@ -71,12 +73,21 @@ async def opened(
     return result | percentiles(took)
 
 
+def combined(results: list[dict[str, float]]) -> dict[str, float]:
+    """Return the result of several processes: sums, and the latencies of the slowest.
+
+    A percentile of all their requests is never above the highest of theirs.
+    """
+    names = dict.fromkeys(name for each in results for name in each)
+    found = {name: [each[name] for each in results if name in each] for name in names}
+    return {name: (max if name in PLACES else sum)(values) for name, values in found.items()}
+
+
 def percentiles(took: list[float]) -> dict[str, float]:
     """Return percentiles in milliseconds; empty if nothing was measured."""
     ordered = sorted(took)
-    places = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
     return {
         name: ordered[min(len(ordered) - 1, int(place * len(ordered)))] * 1e3
-        for name, place in places.items()
+        for name, place in PLACES.items()
         if ordered
     }

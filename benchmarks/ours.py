@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+import zlib
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from job import TIMEOUT, Job, Text
@@ -16,14 +18,17 @@ if TYPE_CHECKING:
 BURST: Final = 500
 
 
-def broker(job: Job, role: str = "", router: EventRouter | None = None) -> BrokerManager:
+def broker(
+    job: Job, role: str = "", router: EventRouter | None = None, **settings: Any
+) -> BrokerManager:
     """Return the broker of a module that is named after the job."""
     return BrokerManager(
         job.name + role,
         router=router,
         bootstrap_servers=job.servers,
         module_partitions=job.partitions,
-        reply_partitions=job.partitions,
+        reply_partitions=job.replies,
+        **settings,
     )
 
 
@@ -49,13 +54,19 @@ async def answering(job: Job) -> AsyncIterator[None]:
 @asynccontextmanager
 async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
     """Yield a function that sends one request and returns its reply."""
-    async with broker(job, "-ask") as asker:
+    async with broker(job, "-ask", instance=_instance(job)) as asker:
         data = job.data
 
         async def ask() -> Any:
             return (await asker.request(job.name, "echo", data, timeout=TIMEOUT)).data
 
         yield ask
+
+
+def _instance(job: Job) -> str:
+    """Return a name of the replica that leads to its own reply partition: no two share one."""
+    names = (f"{job.name}-{number}" for number in count())
+    return next(name for name in names if zlib.crc32(name.encode()) % job.replies == job.replica)
 
 
 @asynccontextmanager
@@ -92,7 +103,7 @@ async def consuming(job: Job, handled: Callable[[], None]) -> AsyncIterator[None
         bootstrap_servers=job.servers,
         group_id=job.name,
         module_partitions=job.partitions,
-        reply_partitions=job.partitions,
+        reply_partitions=job.replies,
     ):
         yield
 

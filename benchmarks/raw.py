@@ -57,7 +57,7 @@ def record(job: Job, event: str, data: Any, deadline: float = 0) -> dict[str, An
     headers = [
         ("kafka_correlationId", key),
         ("kafka_replyTopic", f"{job.name}.replies".encode()),
-        ("kafka_replyPartition", b"\0\0\0\0"),
+        ("kafka_replyPartition", job.replica.to_bytes(4, "big")),
         ("kb-instance", b"raw"),
     ]
     if deadline:
@@ -162,7 +162,7 @@ async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
             return _Echo.model_validate_json((await wait).value).data
 
     async with open_producer(job) as producer, _consumer(job) as consumer:
-        place = TopicPartition(f"{job.name}.replies", 0)
+        place = TopicPartition(f"{job.name}.replies", job.replica)
         consumer.assign([place])
         await consumer.seek_to_end(place)
         await consumer.position(place)
@@ -222,6 +222,21 @@ async def committed(job: Job) -> int:
     places = await admin.list_consumer_group_offsets(job.name)
     await admin.close()
     return sum(max(place.offset, 0) for place in places.values())
+
+
+async def joined(job: Job, members: int) -> None:
+    """Wait until the group of *job* has so many members, and each knows its partitions."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=job.servers)
+    await admin.start()
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            state, count = "", 0
+            while (state, count) != ("Stable", members):
+                await asyncio.sleep(0.1)
+                (found,) = await admin.describe_consumer_groups([job.name])
+                state, count = found.groups[0][2], len(found.groups[0][5])
+    finally:
+        await admin.close()
 
 
 @asynccontextmanager

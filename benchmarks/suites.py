@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import environments
 import raw
 from job import Job
-from jobs import Process, process
+from jobs import Process, cpu_seconds, listening, process
+from loads import combined
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     Results = AsyncIterator[tuple["Case", dict[str, float]]]
 
@@ -29,6 +30,8 @@ _FILL: Final = 60_000
 """Events for each second of consuming: more than any system here handles."""
 _WARM_UP: Final = {"Spring": (1000, 12.0), "NestJS": (200, 5.0)}
 """Requests in flight and seconds before measuring, where a compiler has to see them first."""
+_FIRST: Final = 0.05
+"""Seconds that it takes Kafka at most to write the first records of a partition."""
 _WAVES, _LONGEST = 3, 1.7
 _ENOUGH: Final = 0.9
 """A system that does not answer this share of a fixed rate is not asked for more."""
@@ -48,15 +51,26 @@ class Bench:
     def job(self, system: str, case: Case) -> Job:
         """Return a job with a name of its own."""
         name = f"{PREFIX}-{uuid.uuid4().hex[:8]}"
-        partitions, size = case.get("partitions", 1), case.get("size", 100)
-        return Job("", system, self.servers, name, partitions, self.seconds, size=size)
+        partitions, replies = case.get("partitions", 1), case.get("reply partitions", 1)
+        job = Job("", system, self.servers, name, partitions, self.seconds, replies=replies)
+        return replace(job, size=case.get("size", job.size))
 
-    async def create_topics(self, job: Job, *names: str) -> None:
-        """Create topics of *job*."""
-        await raw.create_topics(self.servers, list(names), job.partitions)
+    async def create_topics(self, partitions: int, *names: str) -> None:
+        """Create topics."""
+        await raw.create_topics(self.servers, list(names), partitions)
+
+    def cpu_seconds(self, asks: Sequence[Process], answers: Sequence[Process]) -> dict[str, float]:
+        """Return what each side has used so far, and Kafka if it is on this machine."""
+        asking = sum(each.cpu_seconds() for each in asks)
+        answering = sum(each.cpu_seconds() for each in answers)
+        used = {"cpu asking": asking, "cpu answering": answering, "cpu": asking + answering}
+        kafka = listening(self.servers)
+        return used if kafka is None else used | {"cpu Kafka": cpu_seconds(kafka)}
 
     @asynccontextmanager
-    async def process(self, system: str, case: Case, part: str = "") -> AsyncIterator[Process]:
+    async def process(
+        self, system: str, case: Case, part: str = "asking 0"
+    ) -> AsyncIterator[Process]:
         """Run a process for a system; a smoke run uses each again."""
         loop = case.get("loop", "asyncio")
         started = process(*environments.command(system, loop))
@@ -72,7 +86,7 @@ class Bench:
     async def prepare(self, systems: set[str]) -> None:
         """Start what a smoke run uses all at once: it takes them a second to import."""
         for system in systems:
-            for part in ("", "answers"):
+            for part in ("asking 0", "answering 0"):
                 async with self.process(system, {}, part):
                     pass
 
@@ -83,45 +97,62 @@ class Bench:
 
 
 async def requests(bench: Bench, system: str, case: Case, suite: Suite) -> Results:
-    """Measure requests in flight, or at fixed rates; asking and answering are two processes."""
+    """Measure requests in flight, or at fixed rates: so many of each process that asks.
+
+    All that ask are replicas of one module, all that answer are members of one group.
+    """
     job = bench.job(system, case)
     role = "opened" if suite.name == "open loop" else "closed"
-    await bench.create_topics(job, job.name, f"{job.name}.replies", f"{job.name}.reply")
-    async with (
-        bench.process(system, case, "answers") as answers,
-        bench.process(system, case) as asks,
-    ):
-        await answers.do(replace(job, role="answer"))
-        await asks.do(replace(job, role="ask"))
+    await bench.create_topics(job.partitions, job.name)
+    await bench.create_topics(job.replies, f"{job.name}.replies", f"{job.name}.reply")
+    async with AsyncExitStack() as stack:
+        asks, answers = [
+            await asyncio.gather(
+                *(
+                    stack.enter_async_context(bench.process(system, case, f"{part} {number}"))
+                    for number in range(case.get(part, 1))
+                )
+            )
+            for part in ("asking", "answering")
+        ]
+        await together(answers, replace(job, role="answer"))
+        if len(answers) > 1:
+            await raw.joined(job, len(answers))
+        await together(asks, replace(job, role="ask"))
         if not bench.smoke:
-            level, seconds = _WARM_UP.get(system, (50, job.seconds))
-            await asks.do(replace(job, role="closed", level=level, seconds=seconds))
+            level, seconds = _WARM_UP.get(system, (50, job.seconds + _FIRST * job.partitions))
+            await together(asks, replace(job, role="closed", level=level, seconds=seconds))
         wave = 0.0  # how long it probably takes to answer all that are in flight once
         levels = suite.smoke_levels if bench.smoke else suite.levels
         for level, following in zip(levels, (*levels[1:], 0), strict=True):
             seconds = max(job.seconds, _WAVES * wave)
-            before = asks.cpu_seconds(), answers.cpu_seconds()
-            result = await asks.do(replace(job, role=role, level=level, seconds=seconds))
-            after = asks.cpu_seconds(), answers.cpu_seconds()
-            count = max(result["count"], 1)
-            result["cpu asking"] = (after[0] - before[0]) / count * 1e6
-            result["cpu answering"] = (after[1] - before[1]) / count * 1e6
-            result["MB asking"], result["MB answering"] = asks.megabytes(), answers.megabytes()
+            before = bench.cpu_seconds(asks, answers)
+            result = await together(asks, replace(job, role=role, level=level, seconds=seconds))
+            after = bench.cpu_seconds(asks, answers)
+            for name, used in after.items():
+                result[name] = (used - before[name]) / max(result["count"], 1) * 1e6
+            result["MB asking"] = sum(each.megabytes() for each in asks)
+            result["MB answering"] = sum(each.megabytes() for each in answers)
             yield case | {"per second" if role == "opened" else "in flight": level}, result
-            if role == "opened" and result["rate"] < _ENOUGH * level:
+            if role == "opened" and result["rate"] < _ENOUGH * level * len(asks):
                 break
             if role == "closed":
-                wave = following / max(result["rate"], 1)
+                wave = following * len(asks) / max(result["rate"], 1)
                 if wave > _LONGEST * job.seconds:
                     break
-        for each in (asks, answers):
-            await each.do(replace(job, role="leave"))
+        await together([*asks, *answers], replace(job, role="leave"))
+
+
+async def together(some: Sequence[Process], job: Job) -> dict[str, float]:
+    """Let each replica do *job* at the same time."""
+    jobs = (each.do(replace(job, replica=number)) for number, each in enumerate(some))
+    return combined(await asyncio.gather(*jobs))
 
 
 async def produce(bench: Bench, system: str, case: Case, _: Suite) -> Results:
     """Measure how many events are acknowledged."""
     job = replace(bench.job(system, case), role="produce")
-    await bench.create_topics(job, job.name)
+    await bench.create_topics(job.partitions, job.name)
     async with bench.process(system, case) as one:
         yield case, await one.do(job)
 
@@ -140,7 +171,7 @@ async def consume(bench: Bench, system: str, case: Case, _: Suite) -> Results:
 async def start(bench: Bench, system: str, case: Case, _: Suite) -> Results:
     """Measure the start of a service that finds an event waiting."""
     job = replace(bench.job(system, case), count=1)
-    await bench.create_topics(job, job.name)
+    await bench.create_topics(job.partitions, job.name)
     async with bench.process("ours", case) as one:
         await one.do(replace(job, role="fill", system="ours"))
     async with bench.process(system, case) as one:
@@ -150,8 +181,8 @@ async def start(bench: Bench, system: str, case: Case, _: Suite) -> Results:
 async def idle(bench: Bench, system: str, case: Case, _: Suite) -> Results:
     """Measure what a service costs that has nothing to do."""
     job = bench.job(system, case)
-    await bench.create_topics(job, job.name, f"{job.name}.replies")
-    async with bench.process(system, case, "answers") as one:
+    await bench.create_topics(job.partitions, job.name, f"{job.name}.replies")
+    async with bench.process(system, case, "answering 0") as one:
         await one.do(replace(job, role="answer"))
         await asyncio.sleep(0 if bench.smoke else _SETTLES)
         seconds = bench.seconds if bench.smoke else _IDLE
@@ -163,7 +194,7 @@ async def idle(bench: Bench, system: str, case: Case, _: Suite) -> Results:
 
 async def memory(bench: Bench, system: str, case: Case, _: Suite) -> Results:
     """Measure a pending wait, twice, because tracing takes memory too."""
-    job = replace(bench.job(system, case), count=1000 if bench.smoke else 100_000)
+    job = replace(bench.job(system, case), count=case["waits"])
     result: dict[str, float] = {}
     for role in ("traced", "resident"):
         async with bench.process(system, case) as one:
@@ -187,7 +218,7 @@ async def _filled(bench: Bench, case: Case) -> str:
     key = str(case["partitions"])
     if key not in bench.topics:
         job = replace(bench.job(_FILLS, case), role="fill", count=_count(bench))
-        await bench.create_topics(job, job.name)
+        await bench.create_topics(job.partitions, job.name)
         async with bench.process(_FILLS, {}) as one:
             await one.do(job)
         bench.topics[key] = job.name
@@ -198,7 +229,11 @@ async def _filled(bench: Bench, case: Case) -> str:
 class Suite:
     """One group of measurements.
 
-    *overhead* is about how long a system takes for a case besides measuring, in seconds.
+    Attributes:
+        overhead: about how many seconds a system takes for a case besides measuring.
+        fixed: how long a measurement takes, if that is not for the command line to say.
+        enough: rounds after which more would say the same.
+        smoke_case: the case that a smoke run measures.
     """
 
     name: str
@@ -207,20 +242,26 @@ class Suite:
     cases: tuple[Case, ...]
     levels: tuple[int, ...] = (1,)
     smoke_levels: tuple[int, ...] = (1,)
-    overhead: float = 4.0
+    overhead: float = 0.7
     fixed: float | None = None
-    """How long a measurement takes if that is not for the command line to say."""
+    enough: int | None = None
+    smoke_case: int = 0
+
+    def rounds(self, wanted: int) -> int:
+        """Return how many rounds there are."""
+        return min(wanted, self.enough or wanted)
 
     def seconds(self, systems: int, rounds: int, seconds: float) -> float:
         """Return about how long it takes."""
         once = len(self.levels) * (1.3 * seconds if self.fixed is None else self.fixed)
         if self.measure is requests:
             once += 1.3 * seconds  # to warm up
-        return systems * len(self.cases) * rounds * (self.overhead + once)
+        return systems * len(self.cases) * self.rounds(rounds) * (self.overhead + once)
 
 
 _SETTLES, _IDLE = 3.0, 10.0
 _SMALL: Final[Case] = {"size": 100, "loop": "asyncio"}
+_LIKE_OURS: Final[Case] = _SMALL | {"reply partitions": 16}  # our default
 _SIZES: Final = (100, 1024, 102_400)
 SUITES: Final = {
     suite.name: suite
@@ -232,6 +273,31 @@ SUITES: Final = {
             (_SMALL,),
             levels=(1, 10, 100, 1000, 10_000),
             smoke_levels=(1, 10),
+            overhead=2.5,
+        ),
+        Suite(
+            "partitions",
+            requests,
+            PYTHON[:2],
+            tuple(_LIKE_OURS | {"partitions": number} for number in (1, 4, 16, 64)),
+            levels=(100,),
+            overhead=2.5,
+        ),
+        # On two cores, which Kafka has a share of, replicas cannot raise the rate, and waiting for
+        # a core makes most of the latency. What counts is the CPU of a request over all processes:
+        # as far as it stays the same, each core more is worth as much as the one before. It is
+        # higher where the load of a replica comes in smaller batches, so there are two loads.
+        Suite(
+            "replicas",
+            requests,
+            PYTHON[:2],
+            tuple(
+                _LIKE_OURS | {"partitions": 8, "asking": asking, "answering": answering}
+                for asking, answering in ((1, 1), (2, 2), (4, 4), (8, 8), (1, 8))
+            ),
+            levels=(100, 400),
+            overhead=4.5,
+            smoke_case=1,
         ),
         Suite(
             "payloads",
@@ -239,6 +305,7 @@ SUITES: Final = {
             PYTHON,
             tuple({"size": size, "loop": "asyncio"} for size in _SIZES[1:]),
             levels=(1, 100),
+            overhead=2.5,
         ),
         Suite(
             "uvloop",
@@ -246,6 +313,7 @@ SUITES: Final = {
             PYTHON,
             ({"size": 100, "loop": "uvloop"},),
             levels=(1, 10, 100, 1000),
+            overhead=2.5,
         ),
         Suite(
             "open loop",
@@ -254,6 +322,7 @@ SUITES: Final = {
             (_SMALL,),
             levels=(50, 200, 500, 1000, 2000, 5000, 10_000, 20_000),
             smoke_levels=(20,),
+            overhead=2.5,
         ),
         Suite(
             "produce",
@@ -278,16 +347,41 @@ SUITES: Final = {
             ({"handler": "def", "partitions": 1},),
         ),
         Suite("start", start, (*PYTHON, "kafka-broker 0.4"), ({},), fixed=3.0),
-        Suite("idle", idle, PYTHON + OTHERS, ({},), fixed=_IDLE + _SETTLES),
-        Suite("soak", requests, ("ours",), (_SMALL,), levels=(1000,) * 10),
-        Suite("memory", memory, ("ours", "aiokafka"), ({},), fixed=15.0),
+        Suite("idle", idle, PYTHON + OTHERS, ({},), fixed=_IDLE + _SETTLES, enough=2),
+        Suite("soak", requests, ("ours",), (_SMALL,), levels=(1000,) * 10, enough=1),
+        Suite(
+            "memory",
+            memory,
+            ("ours", "aiokafka"),
+            tuple({"waits": waits} for waits in (1000, 10_000, 100_000)),
+            fixed=5.0,
+            enough=2,
+        ),
         Suite(
             "lookup",
             lookup,
             ("ours",),
             tuple({"binds": binds} for binds in (10, 100, 1000, 10_000)),
-            overhead=1.0,
             fixed=0.5,
+            enough=3,
         ),
     )
 }
+_SHORT: Final[dict[str, dict[str, Any]]] = {
+    "replicas": {"without": {"asking": 2}},
+    "payloads": {"systems": PYTHON[:2], "levels": (100,)},
+    "uvloop": {"systems": PYTHON[:2], "levels": (1, 100, 1000)},
+    "open loop": {"levels": (50, 200, 1000, 5000, 10_000)},
+    "produce": {"without": {"size": 1024}},
+    "consume": {"without": {"handler": "def", "partitions": 12}},
+    "idle": {"systems": (*PYTHON, "kafka-broker 0.4"), "enough": 1},
+    "memory": {"enough": 1},
+}
+
+
+def short(suite: Suite) -> Suite:
+    """Return what our documentation needs of a suite: 5 rounds of 1.5 s of all take 40 minutes."""
+    changes = dict(_SHORT.get(suite.name, {}))
+    without = changes.pop("without", {"size": 0})
+    cases = (case for case in suite.cases if not without.items() <= case.items())
+    return replace(suite, cases=tuple(cases), **changes)
