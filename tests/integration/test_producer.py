@@ -77,9 +77,9 @@ async def producing(kafka: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 def changed(answer: bytes, fault: Callable[[Any], Any]) -> bytes | Exception:
     """Return what arrives in place of an answer, read and written by aiokafka."""
     try:
-        made: bytes = fault(ProduceResponse_v7.decode(io.BytesIO(answer))).encode()
+        made: bytes | Exception = fault(ProduceResponse_v7.decode(io.BytesIO(answer))).encode()
     except kafka_errors.KafkaError as exc:
-        return exc
+        made = exc
     return made
 
 

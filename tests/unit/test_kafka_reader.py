@@ -273,13 +273,16 @@ class Link:
                 topics = (await self.client._answer(self.node, request)).topics
             except asyncio.CancelledError:
                 answered(kafka.KafkaConnectionError("closed"))
-            except Exception as exc:
+            except (kafka.KafkaError, OSError, TimeoutError) as exc:
                 self.client._disconnect(self.node + OURS)
                 answered(exc)
             else:
                 answered(FetchResponse_v10(0, 0, 0, topics).encode())
 
         self.client._begin(answer())
+
+    def close(self) -> None:
+        self.client._disconnect(self.node + OURS)
 
 
 class Answer:

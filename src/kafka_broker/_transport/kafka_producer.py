@@ -39,6 +39,7 @@ from kafka_broker._transport.kafka_client import (
     describe,
     is_dead,
     leader_of,
+    to_its_end,
     translated,
     undelivered,
 )
@@ -135,6 +136,8 @@ class KafkaProducer:
                 self._end(send, send.cut_off("the broker stopped"))
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT)
+        for wire in self._wires.values():
+            wire.close()
         client, self._client = self._client, None
         self._identities.clear()
         self._latest.clear()
@@ -328,7 +331,8 @@ class KafkaProducer:
             try:
                 wire = await self._wire_to(batch.place)
             except (BrokerUnavailableError, *FOREIGN) as exc:
-                raise DeliveryError(topic, describe(exc), retriable=True) from exc
+                passing = not isinstance(exc, kafka.IncompatibleBrokerVersion)
+                raise DeliveryError(topic, describe(exc), retriable=passing) from exc
             answer = await self._departure.exchange(wire, batch)
         if not isinstance(answer, Exception):
             return self._outcome(batch, answer)
@@ -340,7 +344,7 @@ class KafkaProducer:
     async def _wire_to(self, place: TopicPartition) -> Wire:
         client = await self.client()
         leader = await leader_of(client, place)
-        wire = await Wire.to(client, leader)
+        wire = await to_its_end(Wire.to(client, leader))
         if client is self._client:
             self._wires[leader] = wire
         return wire

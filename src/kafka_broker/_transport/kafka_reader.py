@@ -277,4 +277,6 @@ class KafkaReader:
             await asyncio.wait({asking}, timeout=CLOSE_TIMEOUT)
             if asking.done() and not asking.cancelled():
                 asking.exception()  # retrieved: nobody waits for it any more
+        if self._wire is not None:
+            self._wire.close()
         await close(self._client, self._client.close())

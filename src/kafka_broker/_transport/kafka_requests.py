@@ -131,4 +131,7 @@ def fetched(answer: bytes, place: TopicPartition) -> tuple[int, bytes]:
     if (topic, partition) != place:
         raise kafka.KafkaProtocolError(f"{place} was asked for, not {topic}:{partition}")
     at += _COUNT.size
-    return code, answer[at : at + max(size, 0)]
+    content = answer[at : at + max(size, 0)]
+    if len(content) < size:
+        raise kafka.KafkaProtocolError(f"{len(content)} of {size} bytes were answered")
+    return code, content

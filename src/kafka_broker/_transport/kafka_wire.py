@@ -39,7 +39,8 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self._transport: asyncio.Transport = connection._writer.transport  # noqa: SLF001
+        self._stream = connection._writer  # noqa: SLF001  # it would abort when it is collected
+        self._transport: asyncio.Transport = self._stream.transport
         self._before: Any = self._transport.get_protocol()
         self._timeout: float = connection._request_timeout  # noqa: SLF001
         self._client_id = text_of(connection._client_id)  # noqa: SLF001
@@ -161,6 +162,10 @@ class Wire(asyncio.Protocol):
         error = kafka.KafkaConnectionError(describe(exc) if exc else "the connection was closed")
         error.__cause__ = exc
         self._fail(error, CloseReason.CONNECTION_BROKEN)
+
+    def close(self) -> None:
+        """Close at once; nobody knows what becomes of the requests that have no answer yet."""
+        self._fail(kafka.KafkaConnectionError("the connection was closed"), CloseReason.SHUTDOWN)
 
     def _fail(self, error: Exception, reason: CloseReason) -> None:
         """Close, and let every exchange end in *error*."""
