@@ -74,6 +74,10 @@ class Node:
     def answer(self, number: int, content: bytes = b"") -> None:
         self.say(frame(number, content))
 
+    async def asked_once(self) -> int:
+        (number,) = await self.asked(1)
+        return number
+
     async def asked(self, count: int) -> list[int]:
         """Wait for so many requests; returns their correlation ids."""
         async with asyncio.timeout(5):
@@ -179,7 +183,7 @@ async def test_answers_in_pieces_and_together(node: Node, size: int) -> None:
         assert contents == await asking.until(len(contents))
         assert not asking.wire.busy
         asking.ask(len(contents))
-        node.answer(*await node.asked(1), b"after")
+        node.answer(await node.asked_once(), b"after")
         assert b"after" == (await asking.until(len(contents) + 1))[-1]
 
 
@@ -198,8 +202,8 @@ async def test_an_answer_may_ask(node: Node) -> None:
     """A request that is made while an answer is handed out is sent, and gets its own answer."""
     async with opened(node) as (_, asking):
         asking.wire.ask(FETCH, [], lambda _: asking.ask(0))
-        node.answer(*await node.asked(1))
-        node.answer(*await node.asked(1), b"next")
+        node.answer(await node.asked_once())
+        node.answer(await node.asked_once(), b"next")
         assert [b"next"] == await asking.until(1)
 
 
@@ -339,7 +343,7 @@ async def test_a_busy_node_is_not_given_up(node: Node) -> None:
         begin, number = loop.time(), 0
         while loop.time() < begin + 0.5:
             asking.ask(number)
-            node.answer(*await node.asked(1))
+            node.answer(await node.asked_once())
             number += 1
             await asking.until(number)
         assert asking.wire.open
