@@ -45,6 +45,7 @@ class Node:
         self.requests: list[dict[TopicPartition, bytes]] = []
         self.outcomes: deque[tuple[bool, Outcome]] = deque()
         self.producers = 0
+        self.renewed = 0
         self.leader = 1
         self.open = True
         self.opened: list[int] = []
@@ -145,6 +146,7 @@ class Client:
     def add_topic(self, _: str) -> None: ...
 
     def force_metadata_update(self) -> asyncio.Future[None]:
+        self.node.renewed += 1
         renewed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         renewed.set_result(None)
         return renewed
@@ -281,6 +283,34 @@ async def test_another_leader_is_sent_to(node: Node, producer: KafkaProducer) ->
 
 
 # When something happens
+
+
+@VIRTUAL
+async def test_a_partition_without_a_leader(node: Node, producer: KafkaProducer) -> None:
+    """Nothing is sent, the metadata is renewed once for each call, and the batch goes back."""
+    node.leader = -1
+    for calls in range(1, 4):
+        with pytest.raises(DeliveryError, match="LeaderNotAvailable") as caught:
+            await producer.send("log", 0, outgoing(b"a"))
+        assert caught.value.retriable
+        assert calls == node.renewed
+    node.leader = 1
+    assert 1 == (await producer.send("log", 0, outgoing(b"a"))).offset
+
+
+async def test_a_kafka_that_is_too_old(
+    node: Node, producer: KafkaProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that does not know our requests is not tried again: the reason is the caller's."""
+
+    async def refuse(*_: object) -> None:
+        raise kafka.IncompatibleBrokerVersion("Kafka 2.1 or newer is needed")
+
+    node.lose()
+    monkeypatch.setattr(Wire, "to", refuse)
+    with pytest.raises(DeliveryError, match=r"Kafka 2\.1") as caught:
+        await producer.send("log", 0, outgoing(b"a"))
+    assert not caught.value.retriable
 
 
 @VIRTUAL

@@ -75,5 +75,5 @@ def _arrived(
         except kafka.KafkaProtocolError as exc:
             error = exc
     for batch, arrived in leaving:
-        missing = error or kafka.KafkaProtocolError(f"no answer for {batch.place}")
-        arrived(answers.get(batch.place, missing))
+        outcome = answers.get(batch.place) or error
+        arrived(outcome or kafka.KafkaProtocolError(f"no answer for {batch.place}"))
