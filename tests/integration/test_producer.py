@@ -146,3 +146,26 @@ async def test_a_lost_identity_is_replaced(producing: Producing) -> None:
         await producing.send(b"b")
     assert 2 == (await producing.send(b"c")).offset
     assert [b"a", b"b", b"c"] == await producing.log(3)
+
+
+@pytest.mark.parametrize("how", ["lost", "closed", "cancelled"])
+async def test_what_is_cut_all_the_time_is_there_once(producing: Producing, how: str) -> None:
+    """Connections that are lost or closed, or tasks that are cancelled, double and lose nothing."""
+    count = 24
+    await producing.send(b"0")
+    producer = producing.transport._producer  # type: ignore[attr-defined]  # a `KafkaTransport`
+    current = asyncio.current_task()
+    for number in range(1, count):
+        sent = producing.send(b"%d" % number)
+        for _ in range(number % 8):
+            await asyncio.sleep(0)
+        if how == "cancelled":
+            for task in asyncio.all_tasks() - {current}:
+                task.cancel()
+        for wire in producer._wires.values():
+            if how == "lost":
+                wire._transport.abort()
+            elif how == "closed":
+                wire._connection.close()
+        assert number == (await sent).offset
+    assert [b"%d" % number for number in range(count)] == await producing.log(count)
