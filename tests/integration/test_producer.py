@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiokafka import errors as kafka_errors
-from aiokafka.client import AIOKafkaClient
-from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.protocol.produce import ProduceResponse_v7
 
 from kafka_broker._run import connect
 from kafka_broker._settings import load_settings
 from kafka_broker._transport import Outgoing, TopicSpec
+from kafka_broker._transport.kafka_requests import PRODUCE, Kind
+from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import DeliveryUnknownError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
-TRUE_SEND = AIOKafkaClient.send
+TRUE_ASK = Wire.ask
 
 
 class Producing:
@@ -37,13 +39,15 @@ class Producing:
         """Let the answers to the next requests go through these; the ones after come unchanged."""
         left = list(faults)
 
-        async def send(client: Any, node: int, request: Any, **more: Any) -> Any:
-            answer = await TRUE_SEND(client, node, request, **more)
-            if left and isinstance(request, ProduceRequest):
-                return left.pop(0)(answer)
-            return answer
+        def ask(wire: Wire, kind: Kind, body: Any, answered: Callable[[Any], None]) -> None:
+            def meet(answer: Any) -> None:
+                if left and kind == PRODUCE and isinstance(answer, bytes):
+                    answer = changed(answer, left.pop(0))
+                answered(answer)
 
-        self._monkeypatch.setattr(AIOKafkaClient, "send", send)
+            TRUE_ASK(wire, kind, body, meet)
+
+        self._monkeypatch.setattr(Wire, "ask", ask)
 
     def send(self, *values: bytes, partition: int = 0) -> asyncio.Future[Any]:
         records = [Outgoing(None, value, []) for value in values]
@@ -68,6 +72,15 @@ async def producing(kafka: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     await made.transport.create_topics([TopicSpec(made.topic, 3)])
     yield made
     await made.transport.stop()
+
+
+def changed(answer: bytes, fault: Callable[[Any], Any]) -> bytes | Exception:
+    """Return what arrives in place of an answer, read and written by aiokafka."""
+    try:
+        made: bytes | Exception = fault(ProduceResponse_v7.decode(io.BytesIO(answer))).encode()
+    except kafka_errors.KafkaError as exc:
+        made = exc
+    return made
 
 
 def cut(answer: Any) -> Any:
@@ -133,3 +146,26 @@ async def test_a_lost_identity_is_replaced(producing: Producing) -> None:
         await producing.send(b"b")
     assert 2 == (await producing.send(b"c")).offset
     assert [b"a", b"b", b"c"] == await producing.log(3)
+
+
+@pytest.mark.parametrize("how", ["lost", "closed", "cancelled"])
+async def test_what_is_cut_all_the_time_is_there_once(producing: Producing, how: str) -> None:
+    """Connections that are lost or closed, or tasks that are cancelled, double and lose nothing."""
+    count = 24
+    await producing.send(b"0")
+    producer = producing.transport._producer  # type: ignore[attr-defined]  # a `KafkaTransport`
+    current = asyncio.current_task()
+    for number in range(1, count):
+        sent = producing.send(b"%d" % number)
+        for _ in range(number % 8):
+            await asyncio.sleep(0)
+        if how == "cancelled":
+            for task in asyncio.all_tasks() - {current}:
+                task.cancel()
+        for wire in producer._wires.values():
+            if how == "lost":
+                wire._transport.abort()
+            elif how == "closed":
+                wire._connection.close()
+        assert number == (await sent).offset
+    assert [b"%d" % number for number in range(count)] == await producing.log(count)

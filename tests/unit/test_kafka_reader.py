@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import logging
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from itertools import pairwise, product
 from typing import Any
 
@@ -15,7 +16,7 @@ import aiokafka.codec
 import pytest
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
-from aiokafka.protocol.fetch import FetchRequest
+from aiokafka.protocol.fetch import FetchRequest_v10, FetchResponse_v10
 from aiokafka.protocol.offset import OffsetRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.util import calc_crc32c
@@ -24,6 +25,8 @@ from kafka_broker._settings import BrokerSettings
 from kafka_broker._transport import FETCH_TIMEOUT, Record, kafka_client
 from kafka_broker._transport.kafka_client import REQUEST_TIMEOUT
 from kafka_broker._transport.kafka_reader import KafkaReader
+from kafka_broker._transport.kafka_requests import FETCH, Kind
+from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import BrokerUnavailableError
 
 VIRTUAL = pytest.mark.looptime
@@ -38,6 +41,8 @@ NOT_LEADER = kafka.NotLeaderForPartitionError.errno
 OUT_OF_RANGE = kafka.OffsetOutOfRangeError.errno
 LEADERLESS = kafka.LeaderNotAvailableError.errno
 DENIED = kafka.TopicAuthorizationFailedError.errno
+OURS = 1000
+"""What is added to a node's number where the connection is the reader's own."""
 NO_TEXT = b"\xff\xfe\xff\xfe"
 
 Fault = Callable[[list[Any]], Awaitable[None]]
@@ -179,10 +184,9 @@ class Client:
         return True
 
     async def send(self, node: int, request: Any) -> Any:
+        assert isinstance(request, OffsetRequest)
         await self.ready(node)
-        answering = asyncio.ensure_future(self._answer(node, request))
-        self._waiting.add(answering)
-        answering.add_done_callback(self._waiting.discard)
+        answering = self._begin(self._find(request))
         try:
             return await asyncio.shield(answering)
         except asyncio.CancelledError:
@@ -191,12 +195,20 @@ class Client:
                 raise
             raise kafka.KafkaConnectionError("closed") from None
 
+    def _begin(self, answer: Awaitable[Any]) -> asyncio.Future[Any]:
+        answering = asyncio.ensure_future(answer)
+        self._waiting.add(answering)
+        answering.add_done_callback(self._waiting.discard)
+        return answering
+
     async def _answer(self, node: int, request: Any) -> Any:
-        if isinstance(request, OffsetRequest):
-            return await self._find(request)
-        assert isinstance(request, FetchRequest)
-        ((topic, ((partition, offset, most),)),) = request.topics
+        ((topic, ((partition, epoch, offset, begin, most),)),) = request.topics
         assert (PLACE, 1 << 20) == (TopicPartition(topic, partition), most)
+        assert (-1, -1, 1, 0, 0, -1) == (
+            *(epoch, begin, request.min_bytes, request.isolation_level),
+            *(request.session_id, request.session_epoch),
+        )
+        assert FETCH_TIMEOUT * 1000 == request.max_wait_time
         self.server.asked.append((asyncio.get_running_loop().time(), node, offset))
         answer: list[Any] = [0, b""]
         await turns(2)
@@ -209,7 +221,7 @@ class Client:
             if self.server.silent and not found:
                 await asyncio.Event().wait()
             answer[1] = b"".join(found)
-        return Answer([(topic, [(partition, answer[0], 0, 0, 0, [], *answer[1:])])])
+        return Answer([(topic, [(partition, answer[0], 0, 0, 0, [(1, 2)], *answer[1:])])])
 
     async def _find(self, request: OffsetRequest) -> Any:
         ((topic, ((partition, where),)),) = request._topics
@@ -229,6 +241,48 @@ class Client:
         for waiting in tuple(self._waiting):
             waiting.cancel()
         await turns(2)
+
+
+class Link:
+    """Stands for a `Wire`; what it is asked and answers is read and written by aiokafka."""
+
+    def __init__(self, client: Client, node: int) -> None:
+        self.client = client
+        self.node = node
+
+    @classmethod
+    async def to(cls, client: Client, node: int) -> Link:
+        number = node + OURS
+        if number not in client._connected:
+            await client._connect(number)
+        return cls(client, node)
+
+    @property
+    def open(self) -> bool:
+        return self.node + OURS in self.client._connected
+
+    def ask(
+        self, kind: Kind, body: Iterable[bytes], answered: Callable[[bytes | Exception], None]
+    ) -> None:
+        assert self.open
+        assert FETCH == kind == (FetchRequest_v10.API_KEY, FetchRequest_v10.API_VERSION)
+        request = FetchRequest_v10.decode(io.BytesIO(b"".join(body)))
+
+        async def answer() -> None:
+            try:
+                topics = (await self.client._answer(self.node, request)).topics
+            except asyncio.CancelledError:
+                answered(kafka.KafkaConnectionError("closed"))
+            except (kafka.KafkaError, OSError, TimeoutError) as exc:
+                self.client._disconnect(self.node + OURS)
+                answered(exc)
+            else:
+                answered(FetchResponse_v10(0, 0, 0, topics).encode())
+
+        self.client._begin(answer())
+
+    def close(self) -> None:
+        self.client._disconnect(self.node + OURS)
 
 
 class Answer:
@@ -320,6 +374,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Kafka]]:
         made.append(Kafka(*log))
         monkeypatch.setattr(kafka_client, "AIOKafkaClient", lambda **_: Client(made[-1]))
         monkeypatch.setattr(kafka_client, "options", lambda *_: {})
+        monkeypatch.setattr(Wire, "to", Link.to)
         return made[-1]
 
     yield make

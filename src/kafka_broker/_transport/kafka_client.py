@@ -277,7 +277,7 @@ def is_dead(client: Any) -> bool:
 
 
 async def leader_of(client: Any, place: TopicPartition) -> int:
-    """Return the node that leads a partition, connected; raises what aiokafka does."""
+    """Return the node that leads a partition; raises what aiokafka does."""
     leader = client.cluster.leader_for_partition(place)
     if leader is None or leader == -1:
         async with asyncio.timeout(REQUEST_TIMEOUT):
@@ -286,7 +286,5 @@ async def leader_of(client: Any, place: TopicPartition) -> int:
         leader = client.cluster.leader_for_partition(place)
     if leader is None or leader == -1:
         raise kafka.LeaderNotAvailableError(place)
-    if not await client.ready(leader):
-        raise kafka.NodeNotReadyError(leader)
     number: int = leader
     return number

@@ -4,24 +4,32 @@
 batch has left it. With one batch per partition at a time all three are small: a batch keeps its
 bytes, and in them its sequence number, until its outcome is known, so Kafka appends it once however
 often it is sent.
+
+As long as all goes well a batch needs no task: it leaves with `KafkaProducer.send`, and its answer
+ends it. Whatever else happens to it is for a task of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
-from aiokafka.codec import has_gzip, has_lz4, has_snappy, has_zstd
-from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from kafka_broker._transport import Appended
+from kafka_broker._transport.kafka_batch import (
+    APPENDED,
+    IDENTITY_LOST,
+    MAY_HAVE_APPENDED,
+    Batch,
+    Identity,
+    compression,
+)
 from kafka_broker._transport.kafka_client import (
     CLOSE_TIMEOUT,
     FOREIGN,
@@ -31,121 +39,59 @@ from kafka_broker._transport.kafka_client import (
     describe,
     is_dead,
     leader_of,
+    to_its_end,
     translated,
     undelivered,
 )
-from kafka_broker.errors import (
-    BrokerUnavailableError,
-    ConfigurationError,
-    DeliveryError,
-    DeliveryUnknownError,
-)
+from kafka_broker._transport.kafka_departure import Departure
+from kafka_broker._transport.kafka_wire import Wire
+from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kafka_broker._settings import BrokerSettings
     from kafka_broker._transport import Outgoing
+    from kafka_broker._transport.kafka_requests import Produced
 
 _logger = logging.getLogger("kafka_broker.transport")
 
-_ALL_REPLICAS: Final = -1
-_NO_LIMIT: Final = 1 << 30
 _PAUSE: Final = 0.1
 _TRIES: Final = 5
 _LOADING: Final = kafka.GroupLoadInProgressError.errno
-_CODECS: Final = {
-    "gzip": (1, has_gzip),
-    "snappy": (2, has_snappy),
-    "lz4": (3, has_lz4),
-    "zstd": (4, has_zstd),
-}
-_IDENTITY_LOST: Final = (
-    kafka.OutOfOrderSequenceNumber,
-    kafka.InvalidProducerEpoch,
-    kafka.UnknownProducerId,
-    kafka.ProducerFenced,
-)
-_MAY_HAVE_APPENDED: Final = (
-    kafka.NotLeaderForPartitionError,  # also when it lost the lead while the replicas copied
-    kafka.RequestTimedOutError,
-    kafka.NotEnoughReplicasAfterAppendError,
-    kafka.KafkaStorageError,
-)
 
 
-_Answer = tuple[int, int, int]
-"""Of one partition: the error code, the first offset, the timestamp in milliseconds or -1."""
+class _Send:
+    """One call of `KafkaProducer.send` until its outcome is known, or can no more be known.
 
+    Attributes:
+        appended: what the caller waits for, or does not any more.
+        batch: once it is built.
+        ended: after which the next batch of the partition may be built.
+        task: takes care of it, if it needs care.
+    """
 
-class _Identity:
-    """What makes a batch of one partition known to Kafka, so that it is appended once."""
-
-    __slots__ = ("epoch", "producer_id", "sequence")
-
-    def __init__(self, producer_id: int, epoch: int) -> None:
-        self.producer_id = producer_id
-        self.epoch = epoch
-        self.sequence = 0
-
-
-class _Batch:
-    """The bytes of one batch, and whether Kafka may have them already."""
-
-    __slots__ = (
-        "buffer",
-        "built_at",
-        "count",
-        "deadline",
-        "identity",
-        "place",
-        "sent",
-        "tries",
-        "unknown",
-    )
+    __slots__ = ("appended", "batch", "ended", "place", "records", "task")
 
     def __init__(
-        self, place: TopicPartition, records: Sequence[Outgoing], identity: _Identity, codec: int
+        self,
+        loop: asyncio.AbstractEventLoop,
+        place: TopicPartition,
+        records: Sequence[Outgoing],
     ) -> None:
         self.place = place
-        self.identity = identity
-        self.count = len(records)
-        self.sent = False
-        self.tries = 0
-        self.unknown = False
-        self.deadline = 0.0
-        self.built_at = int(time.time() * 1000)
-        builder = DefaultRecordBatchBuilder(
-            magic=2,
-            compression_type=codec,
-            is_transactional=0,
-            producer_id=identity.producer_id,
-            producer_epoch=identity.epoch,
-            base_sequence=identity.sequence,
-            batch_size=_NO_LIMIT,
-        )
-        for offset, (key, value, headers) in enumerate(records):
-            builder.append(offset, self.built_at, key, value, list(headers))
-        self.buffer = builder.build()
+        self.records = records
+        self.appended: asyncio.Future[Appended] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.batch: Batch | None = None
+        self.task: asyncio.Task[Appended] | None = None
 
-
-def compression(settings: BrokerSettings) -> int:
-    """Return Kafka's number of the codec that ``client_options`` ask for; 0 for none.
-
-    Raises:
-        ConfigurationError: there is no such codec, or its library is not installed.
-    """
-    name = settings.client_options.get("compression_type")
-    if name is None:
-        return 0
-    if name not in _CODECS:
-        msg = f"client_options: compression_type must be one of {', '.join(_CODECS)}"
-        raise ConfigurationError(msg)
-    number, installed = _CODECS[name]
-    if not installed():
-        msg = f"compression_type {name!r} needs a library: pip install 'aiokafka[{name}]'"
-        raise ConfigurationError(msg)
-    return number
+    def cut_off(self, why: str) -> DeliveryError:
+        """Return the error of a send that is not taken care of any more."""
+        topic = self.place.topic
+        if self.batch is not None and self.batch.sent:
+            return DeliveryUnknownError(topic, why)
+        return _unsent(topic)
 
 
 class KafkaProducer:
@@ -157,11 +103,12 @@ class KafkaProducer:
         self._options = {"request_timeout_ms": int(REQUEST_TIMEOUT * 1000)}
         self._client: Any = None
         self._connecting = asyncio.Lock()
-        self._first: _Identity | None = None
-        self._identities: dict[TopicPartition, _Identity | None] = {}
-        self._sends: set[asyncio.Task[Appended]] = set()
-        self._latest: dict[TopicPartition, asyncio.Task[Appended]] = {}
-        self._leaving: dict[int, dict[_Batch, asyncio.Future[_Answer]]] = {}
+        self._first: Identity | None = None
+        self._identities: dict[TopicPartition, Identity | None] = {}
+        self._wires: dict[int, Wire] = {}
+        self._departure = Departure()
+        self._sends: dict[_Send, None] = {}
+        self._latest: dict[TopicPartition, _Send] = {}
         self._running = False
 
     async def start(self) -> None:
@@ -181,13 +128,20 @@ class KafkaProducer:
     async def stop(self) -> None:
         """Close the connections; what is on its way ends as unknown. Never raises."""
         self._running = False
-        for send in self._sends:
-            send.cancel()
-        if self._sends:
-            await asyncio.wait(self._sends, timeout=CLOSE_TIMEOUT)
+        tasks = {send.task for send in self._sends if send.task is not None}
+        for task in tasks:
+            task.cancel()
+        for send in tuple(self._sends):
+            if send.task is None:
+                self._end(send, send.cut_off("the broker stopped"))
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT)
+        for wire in self._wires.values():
+            wire.close()
         client, self._client = self._client, None
         self._identities.clear()
         self._latest.clear()
+        self._wires.clear()
         if client is not None:
             await close(client, client.close())
 
@@ -220,45 +174,89 @@ class KafkaProducer:
         self, topic: str, partition: int, records: Sequence[Outgoing]
     ) -> asyncio.Future[Appended]:
         """Append a batch; see `Transport.send`."""
-        loop = asyncio.get_running_loop()
-        appended: asyncio.Future[Appended] = loop.create_future()
         place = TopicPartition(topic, partition)
-        send = loop.create_task(self._append(place, records, self._latest.get(place)))
+        send = _Send(asyncio.get_running_loop(), place, records)
+        before = self._latest.get(place)
         self._latest[place] = send
-        self._sends.add(send)
+        self._sends[send] = None
+        if before is not None or not self._send_at_once(send):
+            self._take_care(send, before)
+        return send.appended
 
-        def settle(send: asyncio.Task[Appended]) -> None:
-            self._sends.discard(send)
-            if self._latest.get(place) is send:
-                del self._latest[place]
-            error = _unsent(topic) if send.cancelled() else send.exception()
-            if appended.done():
-                return
-            if error is None:
-                appended.set_result(send.result())
-            else:
-                appended.set_exception(error)
+    def _send_at_once(self, send: _Send) -> bool:
+        """Send a batch that has all it needs: an identity, a leader, a connection to it."""
+        identity = self._identities.get(send.place)
+        if identity is None or not self._running:
+            return False
+        wire = self._wires.get(self._client.cluster.leader_for_partition(send.place))
+        if wire is None or not wire.open:
+            return False
+        try:
+            send.batch = self._build(send, identity)
+        except Exception:  # noqa: BLE001  # a record of a wrong type; the task meets it again
+            return False
+        self._departure.add(wire, send.batch, partial(self._arrived, send))
+        return True
 
-        send.add_done_callback(settle)
-        return appended
+    def _build(self, send: _Send, identity: Identity) -> Batch:
+        deadline = asyncio.get_running_loop().time() + self._settings.delivery_timeout
+        return Batch(send.place, send.records, identity, self._codec, deadline)
+
+    def _arrived(self, send: _Send, answer: Produced | Exception) -> None:
+        """End a send that nobody takes care of, unless it is time that somebody does."""
+        if send.ended.done():  # by a stop
+            return
+        batch = send.batch
+        if batch is not None and not isinstance(answer, Exception) and answer.code in APPENDED:
+            self._end(send, _appended(batch, answer))
+        else:
+            self._take_care(send, answer=answer)
+
+    def _take_care(
+        self, send: _Send, before: _Send | None = None, answer: Produced | Exception | None = None
+    ) -> None:
+        """Go on in a task, after the batch before it, or with what came of the first try."""
+        send.task = asyncio.get_running_loop().create_task(self._append(send, before, answer))
+        send.task.add_done_callback(partial(self._settle, send))
+
+    def _settle(self, send: _Send, task: asyncio.Task[Appended]) -> None:
+        if not task.cancelled():
+            self._end(send, task.exception() or task.result())
+        elif self._running and send.batch is not None and send.batch.sent:  # it had not begun
+            self._take_care(send, answer=kafka.KafkaConnectionError("cut off"))
+        else:
+            self._end(send, send.cut_off("the broker stopped"))
+
+    def _end(self, send: _Send, outcome: Appended | BaseException) -> None:
+        if send.ended.done():
+            return
+        send.ended.set_result(None)
+        del self._sends[send]
+        if self._latest.get(send.place) is send:
+            del self._latest[send.place]
+        if send.appended.done():
+            return
+        if isinstance(outcome, BaseException):
+            send.appended.set_exception(outcome)
+        else:
+            send.appended.set_result(outcome)
 
     async def _append(
-        self,
-        place: TopicPartition,
-        records: Sequence[Outgoing],
-        before: asyncio.Task[Appended] | None,
+        self, send: _Send, before: _Send | None, answer: Produced | Exception | None
     ) -> Appended:
         """Send until the outcome is known, or can no more be known."""
+        place = send.place
         try:
-            if before is not None and not before.done():
-                await asyncio.wait({before})  # whose caller does not wait for it any more
-            batch = _Batch(place, records, await self._identity(place), self._codec)
-            batch.deadline = asyncio.get_running_loop().time() + self._settings.delivery_timeout
+            if before is not None:
+                await asyncio.wait({before.ended})  # whose caller does not wait for it any more
+            batch = send.batch
+            if batch is None:
+                batch = send.batch = self._build(send, await self._identity(place))
         except asyncio.CancelledError as exc:
             raise _unsent(place.topic) from exc
         while True:
             try:
-                return await self._try(batch)
+                return await self._try(batch, answer)
             except DeliveryError as exc:
                 batch.unknown = batch.unknown or isinstance(exc, DeliveryUnknownError)
                 batch.tries += 1
@@ -274,10 +272,11 @@ class KafkaProducer:
             except Exception as exc:  # whatever a client raises, the batch may have left
                 self._identities[place] = None
                 raise DeliveryUnknownError(place.topic, describe(exc)) from exc
+            answer = None
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(_PAUSE)
 
-    def _check_time(self, batch: _Batch, error: DeliveryError) -> None:
+    def _check_time(self, batch: Batch, error: DeliveryError) -> None:
         """Give up on a batch, and on its sequence, when its time is over."""
         if self._running and asyncio.get_running_loop().time() < batch.deadline:
             return
@@ -286,7 +285,7 @@ class KafkaProducer:
         self._identities[batch.place] = None
         raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
 
-    def _outlive(self, batch: _Batch, error: asyncio.CancelledError) -> None:
+    def _outlive(self, batch: Batch, error: asyncio.CancelledError) -> None:
         """Go on when it was not us who cancelled: a loop that closes cancels every task at once."""
         if self._running:
             return
@@ -294,7 +293,7 @@ class KafkaProducer:
             raise DeliveryUnknownError(batch.place.topic, "the broker stopped") from error
         raise _unsent(batch.place.topic) from error
 
-    async def _identity(self, place: TopicPartition) -> _Identity:
+    async def _identity(self, place: TopicPartition) -> Identity:
         """Return what the next batch of a partition is known by; a new one after a loss."""
         identity = self._identities.get(place, self._first)
         try:
@@ -303,11 +302,11 @@ class KafkaProducer:
         except BrokerUnavailableError as exc:
             raise DeliveryError(place.topic, str(exc), retriable=True) from exc
         if identity is self._first:
-            identity = _Identity(identity.producer_id, identity.epoch)
+            identity = Identity(identity.producer_id, identity.epoch)
         self._identities[place] = identity
         return identity
 
-    async def _new_identity(self) -> _Identity:
+    async def _new_identity(self) -> Identity:
         client = await self.client()
         with translated("Kafka gives no leave to produce"):
             async with asyncio.timeout(REQUEST_TIMEOUT):
@@ -318,98 +317,63 @@ class KafkaProducer:
                     answer = await client.send(client.get_random_node(), request)
                 if answer.error_code:
                     raise kafka.for_code(answer.error_code)
-        return _Identity(answer.producer_id, answer.producer_epoch)
+        return Identity(answer.producer_id, answer.producer_epoch)
 
-    async def _try(self, batch: _Batch) -> Appended:
-        """Send a batch once.
+    async def _try(self, batch: Batch, answer: Produced | Exception | None) -> Appended:
+        """Send a batch once, unless that was done and this is what came of it.
 
         Raises:
             DeliveryError: this time it did not get into the log.
             DeliveryUnknownError: it may be in the log.
         """
         topic = batch.place.topic
-        try:
-            client, leader = await self._leader(batch.place)
-        except (BrokerUnavailableError, *FOREIGN) as exc:
-            raise DeliveryError(topic, describe(exc), retriable=True) from exc
-        batch.sent = True
-        try:
-            answer = await self._carry(client, leader, batch)
-        except FOREIGN as exc:
-            client.force_metadata_update()
-            raise DeliveryUnknownError(topic, describe(exc)) from exc
-        return self._outcome(batch, client, answer)
-
-    async def _carry(self, client: Any, leader: int, batch: _Batch) -> _Answer:
-        """Send a batch together with all that go to the same node in this turn of the loop."""
-        companions = self._leaving.get(leader)
-        if companions is not None:
-            answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-            companions[batch] = answer
-            return await answer
-        companions = self._leaving[leader] = {}
-        try:
+        if answer is None:
             try:
-                if len(self._sends) > 1:
-                    await asyncio.sleep(0)
-            finally:
-                del self._leaving[leader]
-            batches = [batch, *companions]
-            answers = _answers(await client.send(leader, _request(batches)), batches)
-        except BaseException as exc:
-            error = exc if isinstance(exc, FOREIGN) else kafka.KafkaConnectionError("cut off")
-            for answer in companions.values():
-                if not answer.done():
-                    answer.set_exception(error)
-            raise
-        for companion, answer in companions.items():
-            if not answer.done():
-                answer.set_result(answers[companion.place])
-        return answers[batch.place]
+                wire = await self._wire_to(batch.place)
+            except (BrokerUnavailableError, *FOREIGN) as exc:
+                passing = not isinstance(exc, kafka.IncompatibleBrokerVersion)
+                raise DeliveryError(topic, describe(exc), retriable=passing) from exc
+            answer = await self._departure.exchange(wire, batch)
+        if not isinstance(answer, Exception):
+            return self._outcome(batch, answer)
+        self._renew_metadata()
+        if isinstance(answer, kafka.NodeNotReadyError):
+            raise DeliveryError(topic, describe(answer), retriable=True) from answer
+        raise DeliveryUnknownError(topic, describe(answer)) from answer
 
-    async def _leader(self, place: TopicPartition) -> tuple[Any, int]:
+    async def _wire_to(self, place: TopicPartition) -> Wire:
         client = await self.client()
-        return client, await leader_of(client, place)
+        leader = await leader_of(client, place)
+        wire = await to_its_end(Wire.to(client, leader))
+        if client is self._client:
+            self._wires[leader] = wire
+        return wire
 
-    def _outcome(self, batch: _Batch, client: Any, answer: _Answer) -> Appended:
+    def _renew_metadata(self) -> None:
+        if self._client is not None:
+            self._client.force_metadata_update()
+
+    def _outcome(self, batch: Batch, answer: Produced) -> Appended:
         """Read the answer to a batch; raises as `_try`."""
-        code, offset, timestamp = answer
-        kind = kafka.for_code(code)
-        if kind in (kafka.NoError, kafka.DuplicateSequenceNumber):
-            batch.identity.sequence = (batch.identity.sequence + batch.count) % 2**31
-            return Appended(offset, timestamp if timestamp != -1 else batch.built_at)
-        error = kind(batch.place.topic)
-        client.force_metadata_update()
-        if isinstance(error, _MAY_HAVE_APPENDED):
+        if answer.code in APPENDED:
+            return _appended(batch, answer)
+        error = kafka.for_code(answer.code)(batch.place.topic)
+        self._renew_metadata()
+        if isinstance(error, MAY_HAVE_APPENDED):
             raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
-        if isinstance(error, _IDENTITY_LOST):
+        if isinstance(error, IDENTITY_LOST):
             self._identities[batch.place] = None
             batch.deadline = 0.0  # its bytes carry the lost identity; it has to be built anew
             raise DeliveryError(batch.place.topic, describe(error), retriable=True) from error
         raise undelivered(batch.place.topic, error) from error
 
 
+def _appended(batch: Batch, answer: Produced) -> Appended:
+    """Return where a batch is; the next one of its partition has the next sequence number."""
+    batch.identity.advance(batch.count)
+    return Appended(answer.offset, answer.timestamp if answer.timestamp != -1 else batch.built_at)
+
+
 def _unsent(topic: str) -> DeliveryError:
     """Return the error of a batch that was cancelled before it left."""
     return DeliveryError(topic, "it was not sent before the broker stopped", retriable=True)
-
-
-def _request(batches: Sequence[_Batch]) -> ProduceRequest:
-    topics: dict[str, list[tuple[int, bytes]]] = {}
-    for batch in batches:
-        topics.setdefault(batch.place.topic, []).append((batch.place.partition, batch.buffer))
-    milliseconds = int(REQUEST_TIMEOUT * 1000)
-    return ProduceRequest(None, _ALL_REPLICAS, milliseconds, list(topics.items()))
-
-
-def _answers(response: Any, batches: Sequence[_Batch]) -> dict[TopicPartition, _Answer]:
-    """Return what a response says of each partition; every batch must have its answer."""
-    answers = {
-        TopicPartition(topic, partition): (code, offset, timestamp)
-        for topic, partitions in response.topics
-        for partition, code, offset, timestamp, *_ in partitions
-    }
-    for batch in batches:
-        if batch.place not in answers:
-            raise kafka.KafkaProtocolError(f"no answer for {batch.place}")
-    return answers

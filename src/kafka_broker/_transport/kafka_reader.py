@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiokafka import errors as kafka
-from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.offset import OffsetRequest
 from aiokafka.record.memory_records import MemoryRecords
 
@@ -32,6 +31,8 @@ from kafka_broker._transport.kafka_client import (
     to_its_end,
     unavailable,
 )
+from kafka_broker._transport.kafka_requests import FETCH, fetch_request, fetched
+from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import BrokerUnavailableError
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("kafka_broker.transport")
 
-_ONE_BYTE: Final = 1
 _MOST_BYTES: Final = 1024 * 1024
 """Of one answer, unless a single record is larger."""
 _PATIENCE: Final = 3.0
@@ -83,8 +83,9 @@ class KafkaReader:
         self._client = client
         self._place = place
         self._loop = asyncio.get_running_loop()
-        self._asking: asyncio.Task[Any] | None = None
-        self._leader: int | None = None
+        self._request = fetch_request(place, FETCH_TIMEOUT, _MOST_BYTES)
+        self._wire: Wire | None = None
+        self._asking: asyncio.Future[Any] | None = None
         self._pause = _PAUSE[0]
         self._closed = False
         self.position = 0
@@ -113,7 +114,9 @@ class KafkaReader:
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 while True:
                     try:
-                        leader = await to_its_end(leader_of(self._client, self._place))
+                        leader = await leader_of(self._client, self._place)
+                        if not await to_its_end(self._client.ready(leader)):
+                            raise kafka.NodeNotReadyError(leader)
                         request = OffsetRequest(_CLIENT, _UNCOMMITTED, places)
                         answer = (await self._client.send(leader, request)).topics[0][1][0]
                         if not answer[1]:
@@ -134,7 +137,7 @@ class KafkaReader:
             raise self._ended()
         self._asking = asking = self._asking or self._ask()  # where a close finds it
         try:
-            records = self._read(await asking)
+            records = await self._read(await asking)
         except asyncio.CancelledError:
             self._asking = None
             current = asyncio.current_task()
@@ -153,42 +156,52 @@ class KafkaReader:
         msg = f"{self._place.topic}:{self._place.partition} is not read any more"
         return BrokerUnavailableError(msg)
 
-    def _ask(self) -> asyncio.Task[Any]:
-        return self._loop.create_task(self._exchange())
+    def _ask(self) -> asyncio.Future[bytes]:
+        """Have Kafka answer as soon as there is a record, or that there is none for a while."""
+        if self._wire is None or not self._wire.open:
+            return self._loop.create_task(self._connect_and_ask())
+        return self._exchange(self._wire)
 
-    async def _exchange(self) -> Any:
-        """Have Kafka answer as soon as there is a record, or that there is none for a while.
+    def _exchange(self, wire: Wire) -> asyncio.Future[bytes]:
+        asking: asyncio.Future[bytes] = self._loop.create_future()
 
-        Returns the answer, or where the log begins if our position is not in it any more.
-        """
-        place = self._place
-        wanted = [(place.topic, [(place.partition, self.position, _MOST_BYTES)])]
-        milliseconds = int(FETCH_TIMEOUT * 1000)
-        request = FetchRequest(milliseconds, _ONE_BYTE, _MOST_BYTES, _UNCOMMITTED, wanted)
-        if self._leader is None:
-            self._leader = await to_its_end(leader_of(self._client, place))
-        answer = await self._client.send(self._leader, request)
-        if not answer.topics:  # Kafka's way to slow down one who has read more than its quota
-            raise kafka.QuotaViolationError(place)
-        answer = answer.topics[0][1][0]
-        if answer[1] == kafka.OffsetOutOfRangeError.errno:
-            return await self._find(_AT_BEGINNING)
-        return answer
+        def answered(answer: bytes | Exception) -> None:
+            if asking.done():  # nobody waits any more
+                return
+            if isinstance(answer, bytes):
+                asking.set_result(answer)
+            else:
+                asking.set_exception(answer)
 
-    def _read(self, answer: Any) -> Sequence[Record]:
-        if isinstance(answer, int):
-            before, self.position = self.position, answer
-            _logger.warning(
-                "%s:%d: offset %d is no longer in the log, which begins at %d",
-                *self._place,
-                before,
-                self.position,
-            )
+        wire.ask(FETCH, self._request(self.position), answered)
+        return asking
+
+    async def _connect_and_ask(self) -> bytes:
+        leader = await leader_of(self._client, self._place)
+        self._wire = await to_its_end(Wire.to(self._client, leader))
+        return await self._exchange(self._wire)
+
+    async def _read(self, answer: bytes) -> Sequence[Record]:
+        code, content = fetched(answer, self._place)
+        if code == kafka.OffsetOutOfRangeError.errno:
+            await self._skip_what_is_gone()
             return []
-        code, content = answer[1], answer[-1]
         if code:
             raise kafka.for_code(code)(self._place)
         return self._parse(content) if content else []
+
+    async def _skip_what_is_gone(self) -> None:
+        if self._closed:
+            raise self._ended()
+        self._asking = finding = self._loop.create_task(self._find(_AT_BEGINNING))
+        begin = await finding
+        _logger.warning(
+            "%s:%d: offset %d is no longer in the log, which begins at %d",
+            *self._place,
+            self.position,
+            begin,
+        )
+        self.position = begin
 
     def _parse(self, content: bytes) -> list[Record]:
         topic, partition = self._place
@@ -250,7 +263,7 @@ class KafkaReader:
             raise unavailable(what, error) from error
         if self._pause == _PAUSE[0]:
             _logger.warning("%s, trying again: %s", what, describe(error))
-        self._leader = None
+        self._wire = None
         self._client.force_metadata_update()
         await asyncio.sleep(self._pause)
         self._pause = min(self._pause * 2, _PAUSE[1])
@@ -264,4 +277,6 @@ class KafkaReader:
             await asyncio.wait({asking}, timeout=CLOSE_TIMEOUT)
             if asking.done() and not asking.cancelled():
                 asking.exception()  # retrieved: nobody waits for it any more
+        if self._wire is not None:
+            self._wire.close()
         await close(self._client, self._client.close())
