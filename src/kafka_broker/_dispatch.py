@@ -33,8 +33,11 @@ _logger = logging.getLogger("kafka_broker.dispatch")
 
 _BACKOFF: Final = (0.1, 5.0)
 """The first and the longest pause, in seconds, before a broken subscription is replaced."""
-_TURN: Final = 50
-"""Records that a worker handles before it lets the loop go round."""
+_TURN: Final = 0.003
+"""Seconds for which a worker handles records that do not suspend before the loop goes round.
+
+A shorter turn makes smaller batches of replies: with a third of it, requests cost a tenth more.
+"""
 _POLL: Final = 0.5
 """Seconds that a fetch waits for records."""
 _POLL_SOME: Final = 0.01
@@ -226,7 +229,7 @@ class Dispatcher:
     async def _work(self) -> None:
         """Handle one record after the other; wait when there is none that may run."""
         self._waking = False
-        task, turn = asyncio.current_task(), 0
+        task, turn_ends = asyncio.current_task(), self._loop.time() + _TURN
         while not self._closed:
             if self._outbox.full:
                 await self._wait_at_door()
@@ -235,14 +238,14 @@ class Dispatcher:
                 waiter = self._loop.create_future()
                 self._idle.append(waiter)
                 await waiter
-                self._waking = False
+                self._waking, turn_ends = False, self._loop.time() + _TURN
                 continue
             await self._run(work, task)
             if task is not None and task.cancelling():
                 await absorb_cancellations(self._ending)
-            turn += 1
-            if turn % _TURN == 0:
+            if self._loop.time() >= turn_ends:
                 await asyncio.sleep(0)  # let replies leave while the next are made
+                turn_ends = self._loop.time() + _TURN
 
     async def _wait_at_door(self) -> None:
         self._at_door += 1
