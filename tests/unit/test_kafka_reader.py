@@ -686,6 +686,27 @@ async def test_the_next_request_is_on_its_way(server: Serve) -> None:
     await reader.close()
 
 
+async def test_many_records_come_in_portions(server: Serve) -> None:
+    """What is handed on has a limit; the position is that of what comes next, also for another."""
+    values = [b"%d" % number for number in range(120)]
+    kafka = server(batch(0, *values))
+    reader = await open_reader()
+    records: list[Record] = []
+    while len(records) < 100:
+        portion = await reader.fetch()
+        assert 0 < len(portion) <= 50
+        records += portion
+        assert len(records) == reader.position
+    await turns(2)
+    assert [0, 120] == kafka.offsets()
+    await reader.close()
+    another = await open_reader(reader.position)
+    records += await fetched(another, 20)
+    assert 120 == another.position
+    await another.close()
+    assert list(enumerate(values)) == simple(records)
+
+
 # The end of a reader
 
 

@@ -47,6 +47,11 @@ _logger = logging.getLogger("kafka_broker.transport")
 
 _MOST_BYTES: Final = 1024 * 1024
 """Of one answer, unless a single record is larger."""
+_AT_ONCE: Final = 50
+"""Records that a fetch returns at most. With more of them whoever waits for a reply each would go
+on together, and again at the next reply: while they work Kafka and those who answer have nothing to
+do, and the other way round.
+"""
 _PATIENCE: Final = 3.0
 """Seconds that Kafka may keep silent beyond the time that it is told to wait."""
 _PAUSE: Final = (0.05, 1.0)
@@ -73,11 +78,7 @@ class Fetched(NamedTuple):
 
 
 class KafkaReader:
-    """A `Reader` with a connection of its own, as Kafka answers one request of each at a time.
-
-    Attributes:
-        position: the offset of the next record that `fetch` returns.
-    """
+    """A `Reader` with a connection of its own, as Kafka answers one request of each at a time."""
 
     def __init__(self, client: Any, place: TopicPartition) -> None:
         self._client = client
@@ -88,7 +89,8 @@ class KafkaReader:
         self._asking: asyncio.Future[Any] | None = None
         self._pause = _PAUSE[0]
         self._closed = False
-        self.position = 0
+        self._left: list[Record] = []
+        self._next = 0
 
     @classmethod
     async def open(
@@ -99,11 +101,16 @@ class KafkaReader:
         client = await connect(settings, {"request_timeout_ms": milliseconds})
         reader = cls(client, place)
         try:
-            reader.position = await reader._find(_AT_END) if offset is None else offset
+            reader._next = await reader._find(_AT_END) if offset is None else offset
         except BaseException:
             await reader.close()
             raise
         return reader
+
+    @property
+    def position(self) -> int:
+        """The offset of the next record that `fetch` returns."""
+        return self._left[0].offset if self._left else self._next
 
     async def _find(self, where: int) -> int:
         """Return the offset at an end of the partition; a leader may have to be chosen yet."""
@@ -135,9 +142,11 @@ class KafkaReader:
         """Return what has arrived; see `Reader.fetch`."""
         if self._closed or is_dead(self._client):
             raise self._ended()
+        if self._left:
+            return self._hand_on()
         self._asking = asking = self._asking or self._ask()  # where a close finds it
         try:
-            records = await self._read(await asking)
+            self._left = await self._read(await asking)
         except asyncio.CancelledError:
             self._asking = None
             current = asyncio.current_task()
@@ -150,6 +159,10 @@ class KafkaReader:
             return []
         self._pause = _PAUSE[0]
         self._asking = None if self._closed else self._ask()
+        return self._hand_on()
+
+    def _hand_on(self) -> Sequence[Record]:
+        records, self._left = self._left[:_AT_ONCE], self._left[_AT_ONCE:]
         return records
 
     def _ended(self) -> BrokerUnavailableError:
@@ -173,7 +186,7 @@ class KafkaReader:
             else:
                 asking.set_exception(answer)
 
-        wire.ask(FETCH, self._request(self.position), answered)
+        wire.ask(FETCH, self._request(self._next), answered)
         return asking
 
     async def _connect_and_ask(self) -> bytes:
@@ -181,7 +194,7 @@ class KafkaReader:
         self._wire = await to_its_end(Wire.to(self._client, leader))
         return await self._exchange(self._wire)
 
-    async def _read(self, answer: bytes) -> Sequence[Record]:
+    async def _read(self, answer: bytes) -> list[Record]:
         code, content = fetched(answer, self._place)
         if code == kafka.OffsetOutOfRangeError.errno:
             await self._skip_what_is_gone()
@@ -198,15 +211,15 @@ class KafkaReader:
         _logger.warning(
             "%s:%d: offset %d is no longer in the log, which begins at %d",
             *self._place,
-            self.position,
+            self._next,
             begin,
         )
-        self.position = begin
+        self._next = begin
 
     def _parse(self, content: bytes) -> list[Record]:
         topic, partition = self._place
         records: list[Record] = []
-        position, batches = self.position, MemoryRecords(content)
+        position, batches = self._next, MemoryRecords(content)
         while batches.has_next():
             batch = batches.next_batch()
             if not batch.validate_crc():
@@ -235,7 +248,7 @@ class KafkaReader:
                         max(position, batch.base_offset), batch.next_offset, exc
                     )
             position = batch.next_offset
-        self.position = position
+        self._next = position
         return records
 
     def _unparsable(self, begin: int, end: int, error: Exception) -> list[Record]:
