@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 from contextlib import aclosing, asynccontextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from kafka_broker import _asgi, _wire
@@ -198,7 +198,7 @@ class BrokerManager:
             keyed=key is not None,
             addressed=True,
             useless_after=useless_after,
-            on_failure=lambda error: storage.fail(correlation_id, error),
+            on_failure=partial(storage.fail, correlation_id),
         )
         _hold_back(delivery)
         return delivery
