@@ -49,6 +49,18 @@ TITLES: Final[dict[str, dict[str, str]]] = {  # what is shown of each suite
     "soak": {"rate": "requests/s", "MB asking": "MB, asking", "MB answering": "MB, answering"},
     "memory": {"bytes": "bytes of a pending wait", "resident": "as the system counts"},
     "lookup": {"nanoseconds": "to find a handler, ns"},
+    "costs": {
+        "produce": "to produce an event",
+        "make": "of that: to make the `EventObject`",
+        "encode": "of that: the envelope",
+        "100 records": "of that: the record in its batch, by aiokafka",
+        "handle": "to handle an event, from its record to its commit",
+        "decode": "of that: to decode the envelope",
+        "validate": "of that: to validate the model",
+        "lanes": "of that: order of keys, seats, watermark",
+        "answer": "to handle and answer a request",
+        "ask": "to send a request and return its reply",
+    },
 }
 _AGAINST: Final = {"consume": "FastStream ACK"}
 _UNITS: Final = {"size": "{:,} B", "handler": "`{}`"}

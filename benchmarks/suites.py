@@ -202,9 +202,10 @@ async def memory(bench: Bench, system: str, case: Case, _: Suite) -> Results:
     yield case, result
 
 
-async def lookup(bench: Bench, system: str, case: Case, _: Suite) -> Results:
-    """Measure how a handler is found."""
-    job = replace(bench.job(system, case), role="lookup", count=case["binds"])
+async def alone(bench: Bench, system: str, case: Case, suite: Suite) -> Results:
+    """Measure what needs no Kafka."""
+    count = case.get("binds") or (1000 if bench.smoke else 20_000)
+    job = replace(bench.job(system, case), role=suite.name, count=count)
     async with bench.process(system, case) as one:
         yield case, await one.do(job)
 
@@ -359,12 +360,13 @@ SUITES: Final = {
         ),
         Suite(
             "lookup",
-            lookup,
+            alone,
             ("ours",),
             tuple({"binds": binds} for binds in (10, 100, 1000, 10_000)),
             fixed=0.5,
             enough=3,
         ),
+        Suite("costs", alone, ("ours",), ({},), fixed=15.0, enough=3),
     )
 }
 _SHORT: Final[dict[str, dict[str, Any]]] = {

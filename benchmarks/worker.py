@@ -162,6 +162,11 @@ class Worker:
             await asyncio.wait(tasks, timeout=TIMEOUT)
         return used / len(ids)
 
+    async def costs(self, job: Job) -> dict[str, float]:
+        """Measure an event without Kafka, step by step."""
+        result: dict[str, float] = await self.system.costs(job)
+        return result
+
     async def lookup(self, job: Job) -> dict[str, float]:
         """Measure finding the handler of an event among *count* binds."""
         return {"nanoseconds": self.system.lookup(job.count)}
