@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.aio import AIOConsumer, AIOProducer
 
 from job import TIMEOUT, Job, Text
@@ -117,10 +117,22 @@ async def asking(job: Job) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
         _consumer(job, "latest") as consumer,
     ):
         place = TopicPartition(f"{job.name}.replies", 0)
-        _, place.offset = await consumer.get_watermark_offsets(place)
+        place.offset = await _end(consumer, place)
         await consumer.assign([place])
         async with _meanwhile(receive()):
             yield ask
+
+
+async def _end(consumer: Any, place: TopicPartition) -> int:
+    """Return the offset at the end, as soon as the new topic has a leader."""
+    async with asyncio.timeout(TIMEOUT):
+        while True:
+            try:
+                offset: int = (await consumer.get_watermark_offsets(place))[1]
+            except KafkaException:
+                await asyncio.sleep(0.1)
+            else:
+                return offset
 
 
 @asynccontextmanager

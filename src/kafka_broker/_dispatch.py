@@ -34,7 +34,7 @@ _logger = logging.getLogger("kafka_broker.dispatch")
 _BACKOFF: Final = (0.1, 5.0)
 """The first and the longest pause, in seconds, before a broken subscription is replaced."""
 _TURN: Final = 0.003
-"""Seconds for which a worker handles records that do not suspend before the loop goes round.
+"""Seconds for which records are handled that do not suspend before the loop goes round.
 
 A shorter turn makes smaller batches of replies: with a third of it, requests cost a tenth more.
 """
@@ -121,6 +121,7 @@ class Dispatcher:
         self._idle: list[asyncio.Future[None]] = []
         self._waking = False
         self._at_door = 0
+        self._turn_ends: float | None = None
         self._committing = asyncio.Lock()
         self._commit_due = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -229,8 +230,10 @@ class Dispatcher:
     async def _work(self) -> None:
         """Handle one record after the other; wait when there is none that may run."""
         self._waking = False
-        task, turn_ends = asyncio.current_task(), self._loop.time() + _TURN
+        task = asyncio.current_task()
         while not self._closed:
+            if self._turn_is_over():
+                await asyncio.sleep(0)  # let replies leave while the next are made
             if self._outbox.full:
                 await self._wait_at_door()
             work = self._lanes.next()
@@ -238,14 +241,22 @@ class Dispatcher:
                 waiter = self._loop.create_future()
                 self._idle.append(waiter)
                 await waiter
-                self._waking, turn_ends = False, self._loop.time() + _TURN
+                self._waking = False
                 continue
             await self._run(work, task)
             if task is not None and task.cancelling():
                 await absorb_cancellations(self._ending)
-            if self._loop.time() >= turn_ends:
-                await asyncio.sleep(0)  # let replies leave while the next are made
-                turn_ends = self._loop.time() + _TURN
+
+    def _turn_is_over(self) -> bool:
+        """Return whether the loop has to go round before any worker takes another record."""
+        now = self._loop.time()
+        if self._turn_ends is None:
+            self._turn_ends = now + _TURN
+            self._loop.call_soon(self._begin_turn, context=self._context)
+        return now >= self._turn_ends
+
+    def _begin_turn(self) -> None:
+        self._turn_ends = None
 
     async def _wait_at_door(self) -> None:
         self._at_door += 1

@@ -1,4 +1,4 @@
-"""What happens to one record of the module's topic, from its bytes to its reply."""
+"""What happens to a record: of the module's topic to its reply; of the retry topic, back to it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kafka_broker import _wire
-from kafka_broker._answering import Answers
 from kafka_broker._event import PENDING, RESPOND, EventObject, remember, request_of
 from kafka_broker._invoking import Invoker
 from kafka_broker._middleware import Handle, Middleware, wrapped
 from kafka_broker._outbox import Transfer
+from kafka_broker._replying import Replier
 from kafka_broker._transport import Outgoing
 from kafka_broker.errors import ConfigurationError, EventDecodeError, NoHandlerError
 
@@ -66,7 +66,7 @@ class Handling:
         self._outbox = outbox
         self._scope = scope
         self._invoker = Invoker(
-            answers=Answers(outbox, settings.module),
+            replier=Replier(outbox, settings.module),
             bury=self._bury,
             postpone=self._postpone,
             now=transport.now,

@@ -1,7 +1,7 @@
 """Invoking a handler: its deadline, time limit and retries, and what becomes of its outcome.
 
-Users put middleware around a handler. What the broker itself has to do is in one place around that:
-as seven middlewares, one coroutine each, it costs 4 us more for every event.
+All of it is one coroutine around the handler and the users' middleware. As a middleware each, these
+steps would cost 4 us more for every event.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kafka_broker.errors import EventDecodeError, NoHandlerError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kafka_broker._answering import Answers
     from kafka_broker._lanes import Work
     from kafka_broker._middleware import Handle
+    from kafka_broker._replying import Replier
 
 _logger = logging.getLogger("kafka_broker.handling")
 
@@ -42,10 +42,12 @@ _IN_PLACE: Final = 5.0
 
 
 class Invoker:
-    """Invokes handlers; what it needs for all of them is here, what for one is in the call.
+    """Has a handler invoked until its event has an outcome: a reply, a dead letter, or nothing.
+
+    Or another try, much later.
 
     Args:
-        answers: sends the replies.
+        replier: sends the replies.
         bury: puts a record into the dead-letter topic, with the error.
         postpone: sends a record through the retry topic, to come back so many seconds later.
         now: the seconds since the epoch.
@@ -56,19 +58,19 @@ class Invoker:
     def __init__(  # noqa: PLR0913  # it is where all ends of an event meet
         self,
         *,
-        answers: Answers,
+        replier: Replier,
         bury: Callable[[Work, Exception], None],
         postpone: Callable[[Work, float], None],
         now: Callable[[], float],
         metrics: Metrics,
         ending: Callable[[], bool],
     ) -> None:
-        self._answers = answers
+        self._replier = replier
         self._bury = bury
         self._postpone = postpone
         self._now = now
         self._metrics = metrics
-        self._tells = type(metrics).handled is not Metrics.handled
+        self._is_observed = type(metrics).handled is not Metrics.handled
         self._ending = ending
 
     async def invoke(
@@ -88,16 +90,25 @@ class Invoker:
             self._metrics.count("events_expired")
             _logger.debug("event %r came after its deadline and is not handled", event.event)
             return
-        began, name = time.perf_counter() if self._tells else 0.0, event.event
+        began = time.perf_counter() if self._is_observed else 0.0  # else no clock is read
+        name = event.event  # a handler may change it
         try:
             result = await self._try(handle, work, event, policy, timeout)
         except Exception as exc:  # noqa: BLE001  # whatever a handler raises ends here
-            self._tell(work, name, began, exc)
-            self._end_failed(work, event, exc)
+            if isinstance(exc, RetryLater) and self._time_left(work) > exc.seconds:
+                self._observe(work, name, began, exc)
+                self._come_back(work, exc)
+            else:
+                self._report(work, event, exc)
+                self._observe(work, name, began, exc)
+                self._reply_or_bury(work, event, exc)
+            if isinstance(exc, (Reject, RetryLater)):
+                # a handler may raise one object again and again: each time it would grow
+                exc.__traceback__ = None
         else:
             self._metrics.count("events_expired" if work.too_late else "events_handled")
-            self._tell(work, name, began, None)
-            self._end(work, event, result)
+            self._observe(work, name, began, None)
+            self._reply(work, event, result)
 
     def _time_left(self, work: Work) -> float:
         request = work.request
@@ -105,8 +116,8 @@ class Invoker:
             return math.inf
         return request.deadline - self._now()
 
-    def _tell(self, work: Work, name: str, began: float, error: Exception | None) -> None:
-        if self._tells:
+    def _observe(self, work: Work, name: str, began: float, error: Exception | None) -> None:
+        if self._is_observed:
             self._metrics.handled(work.where, name, time.perf_counter() - began, error)
 
     # The tries
@@ -139,7 +150,11 @@ class Invoker:
                     return result
                 failure = result  # returned where it should have been raised
             failures += not isinstance(failure, RetryLater)
-            await self._wait_for_next(work, failure, failures, policy)
+            try:
+                if not await self._may_try_again(work, failure, failures, policy):
+                    raise failure
+            finally:
+                del failure  # whose traceback has this frame: a cycle would keep the payload
             event = _afresh(event, work)
 
     async def _failure(self, work: Work, error: BaseException, timeout: float) -> Exception:
@@ -173,50 +188,45 @@ class Invoker:
         if work.dropped:
             raise asyncio.CancelledError
 
-    async def _wait_for_next(
+    async def _may_try_again(
         self, work: Work, failure: Exception, failures: int, policy: RetryPolicy
-    ) -> None:
-        """Return when the next try may begin.
-
-        Raises:
-            Exception: *failure*: there is none.
-        """
+    ) -> bool:
+        """Return whether there is another try, when it may begin."""
         if isinstance(failure, RetryLater):
             pause = failure.seconds if failure.seconds <= _IN_PLACE else None
             why = failure.reason
         else:
             pause, why = policy.delay(failures, failure), type(failure).__name__
         if pause is None or self._time_left(work) <= pause:
-            raise failure
+            return False
         self._metrics.count("events_retried")
         _logger.info("%s is tried again in %.1f s: %s", work.where, pause, why)
         await work.engine.rest(work, pause)
         if self._time_left(work) <= 0:  # there was no seat in time
-            raise failure
+            return False
         work.attempt += 1
+        return True
 
     # The outcome
 
-    def _end(self, work: Work, event: EventObject[Any], result: object) -> None:
+    def _reply(self, work: Work, event: EventObject[Any], result: object) -> None:
         """Reply with what a handler returned."""
         try:
-            self._answers.tell(work, event, result)
+            self._replier.reply(work, event, result)
         except Exception as exc:  # noqa: BLE001  # it has no form in JSON, or raises as it is read
             self._report(work, event, exc)
-            self._tell_or_bury(work, event, exc)
+            self._reply_or_bury(work, event, exc)
 
-    def _end_failed(self, work: Work, event: EventObject[Any], error: Exception) -> None:
-        """Have an event come back later, or tell who waits, or keep it as a dead letter."""
-        if isinstance(error, RetryLater) and self._time_left(work) > error.seconds:
-            self._postpone(work, error.seconds)
-            self._metrics.count("events_postponed")
-            _logger.info("%s is handled again in %g s: %s", work.where, error.seconds, error.reason)
-            return
-        self._report(work, event, error)
-        self._tell_or_bury(work, event, error)
+    def _come_back(self, work: Work, verdict: RetryLater) -> None:
+        """Have an event handled again much later."""
+        self._postpone(work, verdict.seconds)
+        self._metrics.count("events_postponed")
+        text = "%s is handled again in %g s: %s"
+        _logger.info(text, work.where, verdict.seconds, verdict.reason)
 
-    def _tell_or_bury(self, work: Work, event: EventObject[Any], error: Exception) -> None:
-        if not self._answers.tell_failure(work, event, error):
+    def _reply_or_bury(self, work: Work, event: EventObject[Any], error: Exception) -> None:
+        """Tell whoever waits for a reply of a failure; keep an event that nobody waits for."""
+        if not self._replier.reply_with_error(work, event, error):
             self._bury(work, error)
 
     def _report(self, work: Work, event: EventObject[Any], error: Exception) -> None:

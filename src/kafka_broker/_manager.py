@@ -16,7 +16,7 @@ from kafka_broker._event import COMPLETED, PENDING, RESPOND, EventObject, new_id
 from kafka_broker._handler import INJECTED, Payload
 from kafka_broker._health import Check, Health
 from kafka_broker._isolation import handled_now
-from kafka_broker._metrics import Metrics
+from kafka_broker._metrics import Metrics, ShieldedMetrics
 from kafka_broker._outbox import Outbox
 from kafka_broker._run import Run
 from kafka_broker._settings import BrokerSettings, load_settings
@@ -77,7 +77,7 @@ class BrokerManager:
         self.router = router
         self.state: dict[str, Any] = {}
         self._middleware = tuple(middleware)
-        self._metrics = metrics or Metrics()
+        self._metrics = Metrics() if metrics is None else ShieldedMetrics(metrics)
         self._settings = settings
         if module is not None or values:
             self._settings = load_settings(module, values)

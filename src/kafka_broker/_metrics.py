@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
+
+_logger = logging.getLogger("kafka_broker.metrics")
 
 Counted = Literal[
     "events_delivered",
@@ -40,3 +43,24 @@ class Metrics:
             seconds: that it took.
             error: what the last try raised; None when a handler returned.
         """
+
+
+class ShieldedMetrics(Metrics):
+    """An observer of the user's, whose errors are logged and go no further."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def count(self, what: Counted, amount: int = 1) -> None:
+        """Pass it on."""
+        try:
+            self._metrics.count(what, amount)
+        except Exception:  # what is observed must not fail by that
+            _logger.exception("the observer raised as it was told of %s", what)
+
+    def handled(self, where: str, event: str, seconds: float, error: Exception | None) -> None:
+        """Pass it on."""
+        try:
+            self._metrics.handled(where, event, seconds, error)
+        except Exception:  # as above
+            _logger.exception("the observer raised as it was told of %s", where)

@@ -19,13 +19,14 @@ class Watermark(Generic[One]):
     Pure bookkeeping: nothing here waits, and a value that was handed out never goes down.
     """
 
-    __slots__ = ("_begun", "_last", "_low", "_passed")
+    __slots__ = ("_advanced", "_begun", "_last", "_low", "_passed")
 
     def __init__(self) -> None:
         self._begun: deque[tuple[int, One]] = deque()
         self._last = -1
         self._low: int | None = None
         self._passed = 0
+        self._advanced: tuple[int | None, int] = None, 0
 
     def __len__(self) -> int:
         """Return how many records were read and are not below a committed offset."""
@@ -46,6 +47,7 @@ class Watermark(Generic[One]):
     def advance(self) -> int | None:
         """Return the offset to commit: the next one to read; None if it is committed already."""
         self.pass_done()
+        self._advanced = self._low, self._passed
         return self._low if self._passed else None
 
     def first(self) -> One | None:
@@ -60,13 +62,15 @@ class Watermark(Generic[One]):
             self._passed += 1
 
     def committed(self, offset: int) -> int:
-        """Note that *offset*, as `advance` gave it, is committed; returns how many more are now.
+        """Note that *offset*, as `advance` gave it last, is committed; returns how many that are.
 
-        Of what has ended since then nothing is committed yet, so its count stays.
+        What has ended since then is not among them.
         """
-        if offset != self._low:
+        low, passed = self._advanced
+        if offset != low:
             return 0
-        passed, self._passed = self._passed, 0
+        self._advanced = None, 0
+        self._passed -= passed
         return passed
 
     def pending(self) -> Iterator[One]:

@@ -14,6 +14,8 @@ from kafka_broker._offsets import Watermark
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+STEPS = ["begin", "end", "pass", "look", "commit"]
+
 
 class Task:
     """Something that ends when the test says so."""
@@ -70,7 +72,7 @@ def test_endings_that_come_by_themselves_count(
     assert _low(tasks) == watermark.advance()
 
 
-@given(st.lists(st.tuples(st.sampled_from(["begin", "end", "look", "commit"]), st.integers(0, 30))))
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 30))))
 def test_commits_that_come_late(steps: list[tuple[str, int]]) -> None:
     """Whatever begins and ends meanwhile: the counts hold, and nothing handed out goes down."""
     watermark, tasks = Watermark[Task](), dict[int, Task]()
@@ -90,6 +92,8 @@ def test_commits_that_come_late(steps: list[tuple[str, int]]) -> None:
             below = sum(offset < (low or 0) for offset in tasks)
             assert (low if below > committed else None) == watermark.advance()
             handed_out.append(low or 0)
+        elif step == "pass":
+            watermark.pass_done()
         elif step == "commit":
             offset = handed_out[number % len(handed_out)]
             below = sum(one < offset for one in tasks)
@@ -98,6 +102,17 @@ def test_commits_that_come_late(steps: list[tuple[str, int]]) -> None:
             committed += adds
         assert len(tasks) - committed == len(watermark)
     assert sorted(handed_out) == handed_out
+
+
+def test_what_ends_during_a_commit_does_not_hide_it() -> None:
+    """The places of what was committed are free at once, however much has ended since."""
+    watermark, tasks = _begun(range(3))
+    tasks[0].over = True
+    assert 1 == watermark.advance()
+    tasks[1].over = True
+    watermark.pass_done()
+    assert (1, 2) == (watermark.committed(1), len(watermark))
+    assert (2, 1, 1) == (watermark.advance(), watermark.committed(2), len(watermark))
 
 
 def test_nothing_new_is_none() -> None:

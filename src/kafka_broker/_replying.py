@@ -1,4 +1,4 @@
-"""Answering: what a handler returns, or that it failed, goes to the one who asked."""
+"""Replying: what a handler returns, or that it failed, goes to the one who asked."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("kafka_broker.handling")
 
 
-class Answers:
-    """Sends the answer to an event, which remembers it: it is answered once."""
+class Replier:
+    """Sends the reply to an event, at most once: the event remembers that it was answered."""
 
     def __init__(self, outbox: Outbox, module: str) -> None:
         self._outbox = outbox
         self._module = module
 
-    def tell(self, work: Work, event: EventObject[Any], result: object) -> None:
+    def reply(self, work: Work, event: EventObject[Any], result: object) -> None:
         """Reply with what a handler returned, unless it has answered, or nobody waits for None.
 
         Raises:
@@ -36,22 +36,22 @@ class Answers:
         if result is None and (request.handed_on or not request.awaited):
             return
         data = result.data if isinstance(result, EventObject) else result
-        self._reply(work, event, request, data)
+        self._send(work, event, request, data)
 
-    def tell_failure(self, work: Work, event: EventObject[Any], error: Exception) -> bool:
-        """Tell whoever may wait of *error*; returns whether somebody surely does."""
+    def reply_with_error(self, work: Work, event: EventObject[Any], error: Exception) -> bool:
+        """Reply with *error* to whoever may wait; returns whether somebody surely does."""
         request = work.request
         if request is None or request.answered:
             return False
         try:
             problem = _wire.problem(error, event, self._module)
-            self._reply(work, event, request, problem, status=ERROR)
+            self._send(work, event, request, problem, status=ERROR)
         except Exception:  # a handler may have put anything into its event
             _logger.exception("event %r was changed so that it cannot be answered", event.event)
             return False
         return request.awaited
 
-    def _reply(
+    def _send(
         self,
         work: Work,
         event: EventObject[Any],
