@@ -271,6 +271,8 @@ class Dispatcher:
         try:
             while True:
                 try:
+                    if not work.seated:
+                        await self.return_to_seat(work)
                     await isolated(self._handle(work), work)
                 except asyncio.CancelledError:
                     if work.dropped:  # or put off: it is over, and its worker goes on
@@ -282,7 +284,6 @@ class Dispatcher:
                     return
                 _logger.warning("%s: cancelled from outside, handled again", work.where)
                 await absorb_cancellations(self._ending)
-                await self.return_to_seat(work)
         finally:
             work.task = None
             self._end(work)

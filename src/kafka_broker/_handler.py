@@ -241,8 +241,12 @@ class Handler:
 
     def handle(self, scope: Scope) -> Handle:
         """Return what handles an event in *scope*: the function inside of its middleware."""
+
+        def call(event: EventObject[Any]) -> Awaitable[Any]:
+            return self.call(event, scope)
+
         if self.terms.batch is None:
-            return wrapped(self._directly() or partial(self.call, scope=scope), self.middleware)
+            return wrapped(self._direct() or call, self.middleware)
         batches = Batches(
             self.terms.batch,
             self.terms.within,
@@ -251,8 +255,11 @@ class Handler:
         )
         return wrapped(batches, self.middleware)
 
-    def _directly(self) -> Handle | None:
-        """Return how to call a coroutine function of one argument, as most are, 0.7 us faster."""
+    def _direct(self) -> Handle | None:
+        """Return the direct call of a coroutine function with one argument, as most are.
+
+        It takes 0.7 us less; None for any other function.
+        """
         others = self._named or self._given or self._dependencies
         if others or not self._is_async or len(self._positional) != 1:
             return None

@@ -316,7 +316,6 @@ class Lanes:
         partition.size -= work.size
         if work.ended and work.record.offset > partition.last_ended:
             partition.last_ended = work.record.offset
-            partition.watermark.pass_done()  # at the next commit it would be garbage that has aged
         neighbour = work.follower or work.behind or work.beside
         before = self._leave_lane(work) if neighbour is not None else None
         key = work.record.key

@@ -46,17 +46,16 @@ class Watermark(Generic[One]):
 
     def advance(self) -> int | None:
         """Return the offset to commit: the next one to read; None if it is committed already."""
-        self.pass_done()
+        self._pass_done()
         self._advanced = self._low, self._passed
         return self._low if self._passed else None
 
     def first(self) -> One | None:
         """Return what holds the watermark, or None."""
-        self.pass_done()
+        self._pass_done()
         return self._begun[0][1] if self._begun else None
 
-    def pass_done(self) -> None:
-        """Forget what has ended up to the first that has not."""
+    def _pass_done(self) -> None:
         while self._begun and self._begun[0][1].done():
             self._low = self._begun.popleft()[0] + 1
             self._passed += 1

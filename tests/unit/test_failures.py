@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kafka_broker import EventObject, RetryPolicy
+from kafka_broker import EventObject, Reject, RetryLater, RetryPolicy
 from kafka_broker import _wire as wire
 from kafka_broker._event import Hop, work_of
 from kafka_broker.errors import RemoteError, ReplyTimeoutError
@@ -940,3 +942,76 @@ async def test_seats_are_free_after_a_rebalance(*, stop: bool) -> None:
         if stop:
             await broker.stop()
             await broker._enter()
+
+
+# What is left of failures
+
+SHARED = Reject(404)
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [LookupError, lambda: Reject(404), lambda: SHARED],
+    ids=["error", "new", "shared"],
+)
+@pytest.mark.parametrize("returned", [False, True])
+@virtual
+async def test_a_failed_event_is_forgotten_at_once(
+    caplog: pytest.LogCaptureFixture,
+    fail: Callable[[], Exception],
+    returned: bool,  # noqa: FBT001  # a case
+) -> None:
+    """No cycle keeps its payload until the garbage collector comes, however it was refused."""
+    shop = Shop(retry=ONCE)
+    events: list[weakref.ref[EventObject]] = []
+
+    @shop.router.bind_event("refuses")
+    async def refuses(event: EventObject) -> Any:
+        events.append(weakref.ref(event))
+        error = fail()
+        if returned and isinstance(error, Reject):
+            return error
+        raise error
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with serves(shop):
+            for _ in range(5):
+                shop.put(event="refuses")
+            await until(lambda: shop.committed == 5)
+        caplog.clear()  # what is logged has a traceback
+        assert 5 == len(events)
+        assert not any(event() for event in events)
+    finally:
+        gc.enable()
+
+
+@virtual
+async def test_an_event_that_is_cancelled_from_outside_twice_is_handled_again() -> None:
+    """Also when the second time comes while it waits for a seat; nothing is held up by it."""
+    shop, tasks, go = Shop(concurrency=1), list[asyncio.Task[Any]](), asyncio.Event()
+
+    @shop.router.bind_event("later")
+    async def later(event: EventObject) -> None:
+        work = work_of(event)
+        assert work is not None
+        assert work.task is not None
+        tasks.append(work.task)
+        if len(tasks) == 1:
+            raise RetryLater(0.1)
+
+    @shop.router.bind_event("holds")
+    async def holds() -> None:
+        await go.wait()
+
+    async with serves(shop):
+        shop.put(event="later", key=b"a")
+        shop.put(event="holds", key=b"b")
+        await asyncio.sleep(1)
+        for _ in range(2):
+            tasks[0].cancel()
+            await asyncio.sleep(1)
+        go.set()
+        await until(lambda: shop.committed == 2)
+        assert 2 == len(tasks)

@@ -51,6 +51,29 @@ async def run(router: EventRouter, event: str, data: object = None) -> Any:
     return await router.execute_event(EventObject(event=event, data=data))
 
 
+async def test_middleware_is_given_a_function_with_a_name() -> None:
+    """So that it can say what it wraps, and `functools.wraps` works."""
+    names: list[str] = []
+
+    def wrap(handle: Handle) -> Handle:
+        names.append(handle.__qualname__)
+        return handle
+
+    router = EventRouter("module", middleware=[wrap])
+    router.bind_event("one")(returns_data)
+    router.bind_event("all")(takes_nothing)
+    assert 1 == await run(router, "one", 1)
+    assert await run(router, "all") is None
+    assert 2 == len(names)
+
+
+async def returns_data(event: EventObject) -> Any:
+    return event.data
+
+
+async def takes_nothing() -> None: ...
+
+
 # Order
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kafka_broker import BrokerManager, EventObject, EventRouter, Metrics
+from kafka_broker import BrokerManager, EventObject, EventRouter, Metrics, Reject
+from kafka_broker._replies import ReplyInbox
 from kafka_broker._transport.memory import MemoryCluster
 from kafka_broker.errors import (
     BrokerClosedError,
@@ -19,6 +20,7 @@ from kafka_broker.errors import (
     DeliveryError,
     DeliveryUnknownError,
     OutboxFullError,
+    RemoteError,
     ReplyTimeoutError,
 )
 
@@ -309,18 +311,16 @@ async def test_topics_that_may_not_be_created() -> None:
     await broker.stop()
 
 
-async def test_a_bug_in_a_worker_stops_the_broker(setting: Setting) -> None:
+async def test_a_bug_in_a_worker_stops_the_broker(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When one of our own tasks dies, every wait ends and the failure surfaces."""
 
-    class Bug(Metrics):
-        def count(self, what: Counted, amount: int = 1) -> None:  # noqa: ARG002
-            if what == "replies_foreign":
-                msg = "a bug"
-                raise ZeroDivisionError(msg)
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
 
-    broker = BrokerManager(
-        "buggy", metrics=Bug(), bootstrap_servers=setting.ask.settings.bootstrap_servers
-    )
+    monkeypatch.setattr(ReplyInbox, "_take", bug)
+    broker = BrokerManager("buggy", bootstrap_servers=setting.ask.settings.bootstrap_servers)
     await broker.init_consumer()
     waiting = asyncio.create_task(broker.consumer_storage.consume("id", timeout=None))
     await asyncio.sleep(0)
@@ -331,6 +331,39 @@ async def test_a_bug_in_a_worker_stops_the_broker(setting: Setting) -> None:
     with pytest.raises(BrokerClosedError):
         await waiting
     assert not broker.ready
+
+
+async def test_an_observer_that_raises_is_logged_and_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Requests are answered, failures told and events committed as if nobody looked on."""
+
+    class Broken(Metrics):
+        def count(self, what: Counted, amount: int = 1) -> None:
+            raise LookupError(what, amount)
+
+        def handled(self, where: str, event: str, seconds: float, error: object) -> None:
+            raise LookupError(where, event, seconds, error)
+
+    name, router = uuid.uuid4().hex, EventRouter("observed")
+
+    @router.bind_event("fails")
+    async def fails() -> None:
+        raise Reject
+
+    @router.bind_event("echo")
+    async def echo(event: EventObject) -> Any:
+        return event.data
+
+    async with BrokerManager(
+        "observed", router=router, metrics=Broken(), bootstrap_servers=f"memory://{name}"
+    ) as broker:
+        for number in range(3):
+            with pytest.raises(RemoteError):
+                await broker.request("observed", "fails", timeout=5)
+            assert number == (await broker.request("observed", "echo", number, timeout=5)).data
+    assert "the observer raised as it was told of events_handled" in caplog.text
+    assert "the observer raised as it was told of observed:" in caplog.text
 
 
 async def test_a_thousand_in_flight_leave_nothing() -> None:
