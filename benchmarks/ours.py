@@ -9,14 +9,13 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
-from costs import costs
+from costs import costs  # noqa: F401  # a role of a worker, like the functions here
 from job import TIMEOUT, Job, Text
 from kafka_broker import BrokerManager, EventObject, EventRouter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-__all__ = ["costs"]
 BURST: Final = 500
 
 

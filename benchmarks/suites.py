@@ -370,7 +370,8 @@ SUITES: Final = {
     )
 }
 _SHORT: Final[dict[str, dict[str, Any]]] = {
-    "replicas": {"without": {"asking": 2}},
+    "partitions": {"enough": 3},
+    "replicas": {"without": {"asking": 2}, "enough": 3},
     "payloads": {"systems": PYTHON[:2], "levels": (100,)},
     "uvloop": {"systems": PYTHON[:2], "levels": (1, 100, 1000)},
     "open loop": {"levels": (50, 200, 1000, 5000, 10_000)},

@@ -18,7 +18,10 @@ handled_now: ContextVar[Work | None] = ContextVar("kafka_broker_handled_now", de
 
 @coroutine
 def isolated(handling: Coroutine[Any, Any, None], work: Work) -> Generator[Any, Any, None]:
-    """Run *handling* in this task but with context variables of its own, as a task would have."""
+    """Run *handling* in this task but with context variables of its own, as a task would have.
+
+    Each time it waits another worker is woken.
+    """
     run = copy_context().run
     run(handled_now.set, work)
     step: Callable[[Any], Any] = handling.send
@@ -28,7 +31,7 @@ def isolated(handling: Coroutine[Any, Any, None], work: Work) -> Generator[Any, 
             waits_for = run(step, argument)
         except StopIteration:
             return
-        work.engine.wake()  # another worker goes on while this one waits
+        work.engine.wake()
         try:
             argument = yield waits_for
             step = handling.send
