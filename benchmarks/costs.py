@@ -19,16 +19,16 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from job import Job, Text
 from kafka_broker import BrokerManager, EventObject, EventRouter, _run, _wire
+from kafka_broker._event import request_of
 from kafka_broker._handler import Payload
 from kafka_broker._lanes import Lanes
-from kafka_broker._transport import Appended
+from kafka_broker._transport import Appended, Outgoing
 from kafka_broker._transport.kafka_reader import Fetched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from kafka_broker._dispatch import Dispatcher
-    from kafka_broker._transport import Outgoing
 
 _FETCHED: Final = 500
 _TRIES: Final = 5
@@ -165,6 +165,34 @@ async def _asked(job: Job) -> float:
         return time.process_time() - begin
 
 
+def _batch(record: Fetched | Outgoing) -> bytes:
+    """Return a hundred times the same record as it goes to Kafka."""
+    builder = DefaultRecordBatchBuilder(
+        magic=2,
+        compression_type=0,
+        is_transactional=0,
+        producer_id=1,
+        producer_epoch=0,
+        base_sequence=0,
+        batch_size=1 << 30,
+    )
+    for number in range(100):
+        builder.append(number, 0, record.key, record.value, list(record.headers))
+    data: bytes = builder.build()
+    return data
+
+
+def _sizes(job: Job) -> dict[str, float]:
+    """Return the bytes of a request and of its reply, as they are in the log."""
+    [record] = _records(job, 1)
+    event = _wire.decode(record)
+    request = request_of(event)
+    assert request is not None  # noqa: S101  # it has the headers of one
+    value = _wire.encode_reply(event, event.data, request, "m")
+    reply = Outgoing(event.correlation_id.encode(), value, _wire.reply_headers(request))
+    return {"request": len(_batch(record)) / 100, "reply": len(_batch(reply)) / 100}
+
+
 def _steps(job: Job) -> dict[str, Callable[[], Any]]:
     """Return what can be measured by itself, each for one event."""
     [record] = _records(job, 1)
@@ -184,16 +212,10 @@ def _steps(job: Job) -> dict[str, Callable[[], Any]]:
         lanes.end(work)
         lanes.committed(0, lanes.partitions[0].watermark.advance() or 0)
 
-    def build() -> None:
-        builder = DefaultRecordBatchBuilder(2, 0, 0, 1, 0, 0, 1 << 30)
-        for number in range(100):
-            builder.append(number, 0, record.key, record.value, list(record.headers))
-        builder.build()
-
     return {
         "make": lambda: EventObject(event="text", data=job.data),
         "encode": lambda: _wire.encode(event, "m"),
-        "100 records": build,
+        "100 records": lambda: _batch(record),
         "decode": lambda: _wire.decode(record),
         "validate": lambda: payload.event_of(event),
         "lanes": pass_lanes,
@@ -201,7 +223,7 @@ def _steps(job: Job) -> dict[str, Callable[[], Any]]:
 
 
 async def costs(job: Job) -> dict[str, float]:
-    """Return microseconds of CPU for each event: the least of some tries."""
+    """Return microseconds of CPU for each event, the least of some tries; and bytes."""
     wholes: dict[str, Callable[[], Any]] = {
         "produce": lambda: _produced(job),
         "handle": lambda: _handled(job, answered=False),
@@ -219,4 +241,4 @@ async def costs(job: Job) -> dict[str, float]:
         number = job.count // 100 if name == "100 records" else job.count
         took = min(timeit.repeat(step, number=number, repeat=_TRIES))
         result[name] = took / job.count * 1e6
-    return result
+    return result | _sizes(job)

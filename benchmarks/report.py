@@ -50,16 +50,18 @@ TITLES: Final[dict[str, dict[str, str]]] = {  # what is shown of each suite
     "memory": {"bytes": "bytes of a pending wait", "resident": "as the system counts"},
     "lookup": {"nanoseconds": "to find a handler, ns"},
     "costs": {
-        "produce": "to produce an event",
+        "produce": "to produce an event, µs",
         "make": "of that: to make the `EventObject`",
         "encode": "of that: the envelope",
         "100 records": "of that: the record in its batch, by aiokafka",
-        "handle": "to handle an event, from its record to its commit",
+        "handle": "to handle an event, from its record to its commit, µs",
         "decode": "of that: to decode the envelope",
         "validate": "of that: to validate the model",
         "lanes": "of that: order of keys, seats, watermark",
-        "answer": "to handle and answer a request",
-        "ask": "to send a request and return its reply",
+        "answer": "to handle and answer a request, µs",
+        "ask": "to send a request and return its reply, µs",
+        "request": "a request in the log, bytes",
+        "reply": "its reply, bytes",
     },
 }
 _AGAINST: Final = {"consume": "FastStream ACK"}
