@@ -59,12 +59,12 @@ class Batch:
         """
         for work, _, verdict in self.members:
             request = work.request
-            if request and request.deadline and request.deadline <= work.engine.now():
+            if request and request.deadline and request.deadline <= work.dispatcher.now():
                 work.too_late = True
                 verdict.set_result(None)
             elif work is not leader:
                 work.expires = math.inf
-            work.engine.let_nobody_pass(work)
+            work.dispatcher.let_nobody_pass(work)
         self.members = [member for member in self.members if not member[2].done()]
         self.called = True
         return [item for _, item, _ in self.members]
@@ -120,16 +120,16 @@ class Batches:
                 raise result
             return result
         if work.behind is not None and (self._open is None or work.behind.batch is not self._open):
-            await work.engine.wait_for_turn(work)
+            await work.dispatcher.wait_for_turn(work)
         batch, leads = self._open, self._open is None
         if batch is None:
             batch = self._open = Batch(self._size)
         verdict = batch.add(work, item)
-        if work.engine.draining:
+        if work.dispatcher.draining:
             batch.full.set()  # nobody else may come
         if batch.full.is_set():
             self._open = None
-        work.engine.let_wait(work)
+        work.dispatcher.let_wait(work)
         try:
             if leads:
                 await self._lead(batch, work)
@@ -142,7 +142,7 @@ class Batches:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._within):
                     await batch.full.wait()
-            await leader.engine.return_to_seat(leader)
+            await leader.dispatcher.return_to_seat(leader)
             if self._open is batch:
                 self._open = None
             items = batch.call(leader)

@@ -100,7 +100,7 @@ class Handling:
             work.request = request_of(event)
             handler = self._router.match(event.event)
             if work.behind is not None and (handler is None or handler.terms.batch is None):
-                await work.engine.wait_for_turn(work)
+                await work.dispatcher.wait_for_turn(work)
             try:
                 invoke = self._invocations.get(handler) or self._compile(handler)
             except ConfigurationError as exc:  # it was bound after the start
@@ -203,7 +203,7 @@ class Postponed:
             return  # those who share the topic as another group will
         seconds = _wire.due_of(record) - self._transport.now()
         if seconds > 0:
-            await work.engine.rest(work, seconds)
+            await work.dispatcher.rest(work, seconds)
         origin = _wire.origin_of(record)[1].decode("utf-8", "replace")
         place = _wire.place_of_origin(origin)
         partition = place[1] if place and place[0] == self._settings.module else None

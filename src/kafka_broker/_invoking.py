@@ -137,7 +137,7 @@ class Invoker:
         """
         failures = 0
         while True:
-            work.engine.expect_end(work, timeout)
+            work.dispatcher.expect_end(work, timeout)
             try:
                 result = await handle(event)
             except BaseException as exc:  # noqa: BLE001  # sorted out there
@@ -201,7 +201,7 @@ class Invoker:
             return False
         self._metrics.count("events_retried")
         _logger.info("%s is tried again in %.1f s: %s", work.where, pause, why)
-        await work.engine.rest(work, pause)
+        await work.dispatcher.rest(work, pause)
         if self._time_left(work) <= 0:  # there was no seat in time
             return False
         work.attempt += 1

@@ -31,7 +31,7 @@ def isolated(handling: Coroutine[Any, Any, None], work: Work) -> Generator[Any, 
             waits_for = run(step, argument)
         except StopIteration:
             return
-        work.engine.wake()
+        work.dispatcher.wake()
         try:
             argument = yield waits_for
             step = handling.send

@@ -29,6 +29,10 @@ class Work:
     """One record on its way: queued, handled, and ended when its offset may be committed.
 
     Attributes:
+        record: as it was read.
+        partition: that it is of, in the assignment under which it was read.
+        dispatcher: runs it; whoever handles it may ask that for a rest, or for a seat.
+        size: bytes that it is counted with.
         request: whom to answer, if anybody.
         attempt: the number of the try that runs or comes next, from 1.
         endings: what has to be done before the offset may be committed: replies, dead letters.
@@ -70,10 +74,10 @@ class Work:
     batch: Batch | None = None
     turn: asyncio.Event | None = None
 
-    def __init__(self, record: Record, partition: Partition, engine: Dispatcher) -> None:
+    def __init__(self, record: Record, partition: Partition, dispatcher: Dispatcher) -> None:
         self.record = record
         self.partition = partition
-        self.engine = engine
+        self.dispatcher = dispatcher
         self.size = len(record.value or b"") + len(record.key or b"") + _RECORD_OVERHEAD
         self.endings: list[Ending] = []
 
@@ -174,11 +178,11 @@ class Lanes:
         self.events_share = max(1, self._max_events // max(1, len(numbers)))
         self.bytes_share = max(1, self._max_bytes // max(1, len(numbers)))
 
-    def add(self, records: Iterable[Record], engine: Dispatcher) -> None:
+    def add(self, records: Iterable[Record], dispatcher: Dispatcher) -> None:
         """Queue records that were just read; those of one partition in the order of offsets."""
         for record in records:
             partition = self.partitions[record.partition]
-            work = Work(record, partition, engine)
+            work = Work(record, partition, dispatcher)
             partition.watermark.begin(record.offset, work)
             partition.size += work.size
             key = record.key

@@ -671,7 +671,7 @@ async def test_a_cancellation_that_comes_as_a_handler_ends(ends: str) -> None:
         work = work_of(event)
         assert work is not None
         work.expires = now() - 1
-        work.engine._sweep()  # our own task: the cancellation waits for the next await
+        work.dispatcher._sweep()  # our own task: the cancellation waits for the next await
         if ends == "raises":
             raise LookupError
         return "done"
