@@ -43,6 +43,7 @@ class Node:
         self.logs: dict[TopicPartition, list[bytes]] = {}
         self.sequences: dict[tuple[TopicPartition, int], int] = {}
         self.requests: list[dict[TopicPartition, bytes]] = []
+        self.timeouts: set[int] = set()
         self.outcomes: deque[tuple[bool, Outcome]] = deque()
         self.producers = 0
         self.renewed = 0
@@ -59,7 +60,9 @@ class Node:
 
     def handle(self, body: bytes, answered: Answered) -> None:
         """Answer a request some turns later."""
-        topics = ProduceRequest_v7.decode(io.BytesIO(body)).topics
+        request = ProduceRequest_v7.decode(io.BytesIO(body))
+        self.timeouts.add(request.timeout)
+        topics = request.topics
         batches = {
             TopicPartition(topic, partition): bytes(content)
             for topic, partitions in topics
@@ -106,6 +109,8 @@ class Node:
 
 class Link:
     """Stands for a `Wire`."""
+
+    timeout = 12.0
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -280,6 +285,12 @@ async def test_another_leader_is_sent_to(node: Node, producer: KafkaProducer) ->
     node.leader = 2
     await producer.send("log", 0, outgoing(b"a"))
     assert [1, 1, 2] == node.opened
+
+
+async def test_kafka_has_less_time_than_the_connection(node: Node, producer: KafkaProducer) -> None:
+    """Kafka tells which replica hangs long before the connection would be given up for it."""
+    await producer.send("log", 0, outgoing(b"a"))
+    assert {6000} == node.timeouts
 
 
 # When something happens

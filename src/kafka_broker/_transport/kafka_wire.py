@@ -35,6 +35,9 @@ class Wire(asyncio.Protocol):
     """A connection that is open, until it is not; another one takes its place then.
 
     Kafka answers in the order in which it was asked, so an answer belongs to the oldest request.
+
+    Attributes:
+        timeout: seconds that the node may take for an answer.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -42,7 +45,7 @@ class Wire(asyncio.Protocol):
         self._stream = connection._writer  # noqa: SLF001  # it would abort when it is collected
         self._transport: asyncio.Transport = self._stream.transport
         self._before: Any = self._transport.get_protocol()
-        self._timeout: float = connection._request_timeout  # noqa: SLF001
+        self.timeout: float = connection._request_timeout  # noqa: SLF001
         self._client_id = text_of(connection._client_id)  # noqa: SLF001
         self._loop = asyncio.get_running_loop()
         self._pending: deque[tuple[int, float, Callable[[bytes | Exception], None]]] = deque()
@@ -98,7 +101,7 @@ class Wire(asyncio.Protocol):
             raise kafka.NodeNotReadyError("the connection was closed")
         number = self._correlation_id = (self._correlation_id + 1) % _CORRELATION_IDS
         content = b"".join((self._client_id, *body))
-        expires = self._loop.time() + self._timeout
+        expires = self._loop.time() + self.timeout
         self._pending.append((number, expires, answered))
         if self._sweeper is None:
             self._sweeper = self._loop.call_at(expires, self._sweep)
@@ -147,7 +150,7 @@ class Wire(asyncio.Protocol):
             return
         _, expires, _ = self._pending[0]
         if expires <= self._loop.time():
-            error = kafka.RequestTimedOutError(f"no answer within {self._timeout:g} s")
+            error = kafka.RequestTimedOutError(f"no answer within {self.timeout:g} s")
             self._fail(error, CloseReason.CONNECTION_TIMEOUT)
         else:
             self._sweeper = self._loop.call_at(expires, self._sweep)
