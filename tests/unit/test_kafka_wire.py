@@ -135,9 +135,6 @@ class Asking:
         return [end if isinstance(end, bytes) else type(end) for _, end in self.ended]
 
 
-Open = Callable[..., Any]
-
-
 @asynccontextmanager
 async def opened(
     node: Node, tls: ssl.SSLContext | None = None, **options: Any
@@ -347,6 +344,30 @@ async def test_a_busy_node_is_not_given_up(node: Node) -> None:
             number += 1
             await asking.until(number)
         assert asking.wire.open
+
+
+async def test_a_slow_answer_is_waited_for(node: Node) -> None:
+    """An answer may take longer than a node may be silent, as long as more of it arrives."""
+    loop = asyncio.get_running_loop()
+    async with opened(node, request_timeout_ms=150) as (client, asking):
+        asking.ask(0)
+        said, begin = frame(await node.asked_once(), bytes(20)), loop.time()
+        for at in range(len(said)):
+            asking.wire.data_received(said[at : at + 1])
+            await until(loop.time() + 0.02)
+        assert loop.time() > begin + 0.3
+        assert [bytes(20)] == await asking.until(1)
+        asking.ask(1)
+        asking.wire.data_received(frame(await node.asked_once(), b"half")[:-2])
+        assert kafka.RequestTimedOutError == (await asking.until(2))[-1]
+        assert await is_closed(client, asking)
+
+
+async def until(moment: float) -> None:
+    """Return at a time of the loop."""
+    reached = asyncio.Event()
+    asyncio.get_running_loop().call_at(moment, reached.set)
+    await reached.wait()
 
 
 async def test_a_connection_that_is_used_is_not_idle(node: Node) -> None:

@@ -37,7 +37,7 @@ class Wire(asyncio.Protocol):
     Kafka answers in the order in which it was asked, so an answer belongs to the oldest request.
 
     Attributes:
-        timeout: seconds that the node may take for an answer.
+        timeout: seconds that the node may be silent while an answer is waited for.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -51,6 +51,7 @@ class Wire(asyncio.Protocol):
         self._pending: deque[tuple[int, float, Callable[[bytes | Exception], None]]] = deque()
         self._correlation_id = 0
         self._sweeper: asyncio.TimerHandle | None = None
+        self._heard = 0.0
         self._rest = bytearray()
         self._needed = 0
         self._lost = False
@@ -101,16 +102,17 @@ class Wire(asyncio.Protocol):
             raise kafka.NodeNotReadyError("the connection was closed")
         number = self._correlation_id = (self._correlation_id + 1) % _CORRELATION_IDS
         content = b"".join((self._client_id, *body))
-        expires = self._loop.time() + self.timeout
-        self._pending.append((number, expires, answered))
+        now = self._loop.time()
+        self._pending.append((number, now, answered))
         if self._sweeper is None:
-            self._sweeper = self._loop.call_at(expires, self._sweep)
+            self._sweeper = self._loop.call_at(now + self.timeout, self._sweep)
         self._connection._last_action = time.monotonic()  # noqa: SLF001  # it is not idle
         size = _REQUEST.size - 4 + len(content)
         self._transport.write(_REQUEST.pack(size, *kind, number) + content)
 
     def data_received(self, data: bytes) -> None:
         """Hand out the answers that are complete; see `asyncio.Protocol`."""
+        self._heard = self._loop.time()
         if self._rest:
             self._rest += data
             if len(self._rest) < self._needed:
@@ -144,11 +146,12 @@ class Wire(asyncio.Protocol):
         return error
 
     def _sweep(self) -> None:
-        """Give up on a node whose oldest answer is due, else look again when it would be."""
+        """Give up on a node that is silent for too long, else look again when it would be."""
         self._sweeper = None
         if not self._pending:
             return
-        _, expires, _ = self._pending[0]
+        _, asked, _ = self._pending[0]
+        expires = max(asked, self._heard) + self.timeout
         if expires <= self._loop.time():
             error = kafka.RequestTimedOutError(f"no answer within {self.timeout:g} s")
             self._fail(error, CloseReason.CONNECTION_TIMEOUT)
