@@ -7,6 +7,7 @@ import gc
 import io
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from aiokafka.protocol.produce import ProduceRequest_v7, ProduceResponse_v7
 from aiokafka.record.memory_records import MemoryRecords
 
 from kafka_broker._settings import BrokerSettings
-from kafka_broker._transport import Appended, Outgoing, kafka_producer
+from kafka_broker._transport import Appended, Outgoing, kafka_kept
 from kafka_broker._transport.kafka_producer import KafkaProducer
 from kafka_broker._transport.kafka_requests import PRODUCE, Kind
 from kafka_broker._transport.kafka_wire import Wire
-from kafka_broker.errors import DeliveryError, DeliveryUnknownError
+from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
 
 VIRTUAL = pytest.mark.looptime
 """Pauses of the producer take no time."""
@@ -50,6 +51,8 @@ class Node:
         self.leader = 1
         self.open = True
         self.opened: list[int] = []
+        self.connects = 0
+        self.reachable = True
         self.may_open = asyncio.Event()
         self.may_open.set()
         self.pending: deque[Answered] = deque()
@@ -188,9 +191,12 @@ async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
 
     async def connect(*_: object) -> Client:
         await asyncio.sleep(0)
+        made.connects += 1
+        if not made.reachable:
+            raise BrokerUnavailableError("nothing answers")
         return Client(made)
 
-    monkeypatch.setattr(kafka_producer, "connect", connect)
+    monkeypatch.setattr(kafka_kept, "connect", connect)
     monkeypatch.setattr(Wire, "to", Client.open)
     yield made
     gc.collect(1)
@@ -459,6 +465,57 @@ async def test_a_record_of_a_wrong_type_hurts_nobody(producer: KafkaProducer) ->
     with pytest.raises(TypeError):
         await producer.send("log", 0, wrong)
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
+
+
+# A client that only fails
+
+FAILURES: list[Outcome] = [
+    kafka.KafkaConnectionError("lost"),
+    kafka.NodeNotReadyError(),
+    kafka.RequestTimedOutError(),
+    NOT_LEADER,
+]
+
+
+@VIRTUAL
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+async def test_a_client_that_only_fails_is_replaced(
+    node: Node, producer: KafkaProducer, failure: Outcome, looptime: Any
+) -> None:
+    """After ten seconds of failures another client asks bootstrap_servers where Kafka is."""
+    before = producer.client.now
+    node.meets(*[failure] * 120)
+    ended: list[Appended] = []
+    while not ended:
+        with suppress(DeliveryError):
+            ended.append(await producer.send("log", 0, outgoing(b"a")))
+    assert (2, False) == (node.connects, before is producer.client.now)
+    assert looptime >= 10
+
+
+@VIRTUAL
+async def test_a_good_answer_keeps_the_client(
+    node: Node, producer: KafkaProducer, looptime: Any
+) -> None:
+    """Failures with good answers in between, of any partition, say nothing about the client."""
+    before = producer.client.now
+    while looptime < 25:
+        node.meets(*[kafka.KafkaConnectionError("lost")] * 50)
+        await producer.send("log", 0, outgoing(b"a"))
+    assert (1, True) == (node.connects, before is producer.client.now)
+
+
+@VIRTUAL
+async def test_a_client_is_kept_when_no_other_can_connect(
+    node: Node, producer: KafkaProducer, looptime: Any
+) -> None:
+    """Where nothing answers the old client goes on, and each ten seconds another is tried."""
+    before = producer.client.now
+    node.reachable = False
+    node.meets(*[kafka.KafkaConnectionError("lost")] * 240, appended=True)
+    await producer.send("log", 0, outgoing(b"a"))
+    assert (3, True) == (node.connects, before is producer.client.now)
+    assert 20 < looptime < 30
 
 
 # Cut off

@@ -623,8 +623,8 @@ async def test_the_new_leader_is_asked(server: Serve) -> None:
 async def test_a_partition_without_a_leader_is_waited_for(server: Serve) -> None:
     """While no node leads the partition nothing is asked, and the metadata is renewed."""
     kafka = server(batch(0, b"a"))
-    kafka.leader = -1
     reader = await open_reader()
+    kafka.leader = -1
     for _ in range(3):
         assert [] == list(await reader.fetch())
     assert ([], 6) == (kafka.asked, kafka.renewed)
@@ -649,6 +649,31 @@ async def test_an_answer_that_lacks_the_partition_is_passed(
     monkeypatch.setattr(Client, "_answer", answer)
     assert [(0, b"a")] == await read(1)
     assert [0, 0, 0] == kafka.offsets()[:3]
+
+
+@VIRTUAL
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+async def test_what_does_not_pass_in_time_breaks_the_reader(
+    server: Serve, looptime: Any, fault: Fault
+) -> None:
+    """Ten seconds without a good answer end in an error, so another reader looks for Kafka."""
+    kafka = server(batch(0, b"a"))
+    kafka.fails(*[fault] * 5, late, *[fault] * 100)
+    reader = await open_reader()
+    assert [(0, b"a")] == simple(await fetched(reader, 1))
+    with pytest.raises(BrokerUnavailableError, match="replies:3"):
+        await fetched(reader, 1)
+    assert 10 <= looptime < 14
+    assert 1 == reader.position
+    await reader.close()
+
+
+async def test_reading_from_an_offset_needs_a_leader(server: Serve) -> None:
+    """Also where the position is given an open ends well only if somebody answers for it."""
+    kafka = server(batch(0, b"a"))
+    kafka.refusals.append(DENIED)
+    with pytest.raises(BrokerUnavailableError, match="TopicAuthorizationFailed"):
+        await open_reader(0)
 
 
 FINAL = {

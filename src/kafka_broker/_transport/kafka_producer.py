@@ -15,7 +15,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
@@ -34,16 +34,14 @@ from kafka_broker._transport.kafka_client import (
     CLOSE_TIMEOUT,
     FOREIGN,
     REQUEST_TIMEOUT,
-    close,
-    connect,
     describe,
-    is_dead,
     leader_of,
     to_its_end,
     translated,
     undelivered,
 )
 from kafka_broker._transport.kafka_departure import Departure
+from kafka_broker._transport.kafka_kept import KeptClient
 from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
 
@@ -95,14 +93,16 @@ class _Send:
 
 
 class KafkaProducer:
-    """Appends batches, idempotently, acknowledged by all replicas in sync."""
+    """Appends batches, idempotently, acknowledged by all replicas in sync.
+
+    Attributes:
+        client: what it asks Kafka by.
+    """
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
         self._codec = compression(settings)
-        self._options = {"request_timeout_ms": int(REQUEST_TIMEOUT * 1000)}
-        self._client: Any = None
-        self._connecting = asyncio.Lock()
+        self.client = KeptClient(settings)
         self._first: Identity | None = None
         self._identities: dict[TopicPartition, Identity | None] = {}
         self._wires: dict[int, Wire] = {}
@@ -117,7 +117,7 @@ class KafkaProducer:
         Raises:
             BrokerUnavailableError: nothing answers, or it refuses us.
         """
-        self._client = await connect(self._settings, self._options)
+        await self.client.open()
         self._running = True
         try:
             self._first = await self._new_identity()
@@ -138,37 +138,10 @@ class KafkaProducer:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT)
         for wire in self._wires.values():
             wire.close()
-        client, self._client = self._client, None
         self._identities.clear()
         self._latest.clear()
         self._wires.clear()
-        if client is not None:
-            await close(client, client.close())
-
-    async def client(self) -> Any:
-        """Return a client that works, in place of one whose tasks were cancelled a new one.
-
-        Raises:
-            BrokerUnavailableError: it is stopped, or no new one could connect.
-        """
-        if not self._running:
-            msg = "the connection to Kafka is closed"
-            raise BrokerUnavailableError(msg)
-        client = self._client
-        if not is_dead(client):
-            return client
-        async with self._connecting:
-            if self._client is client:
-                _logger.warning("the connection to Kafka was cut from inside; connecting again")
-                self._client = await connect(self._settings, self._options)
-                await close(client, client.close())
-                if not self._running:  # stopped meanwhile
-                    client, self._client = self._client, None
-                    await close(client, client.close())
-        if self._client is None:
-            msg = "the connection to Kafka is closed"
-            raise BrokerUnavailableError(msg)
-        return self._client
+        await self.client.close()
 
     def send(
         self, topic: str, partition: int, records: Sequence[Outgoing]
@@ -188,7 +161,7 @@ class KafkaProducer:
         identity = self._identities.get(send.place)
         if identity is None or not self._running:
             return False
-        wire = self._wires.get(self._client.cluster.leader_for_partition(send.place))
+        wire = self._wires.get(self.client.now.cluster.leader_for_partition(send.place))
         if wire is None or not wire.open:
             return False
         try:
@@ -234,6 +207,8 @@ class KafkaProducer:
         del self._sends[send]
         if self._latest.get(send.place) is send:
             del self._latest[send.place]
+        if isinstance(outcome, Appended):
+            self.client.works()
         if send.appended.done():
             return
         if isinstance(outcome, BaseException):
@@ -307,14 +282,14 @@ class KafkaProducer:
         return identity
 
     async def _new_identity(self) -> Identity:
-        client = await self.client()
+        client = await self.client.get()
         with translated("Kafka gives no leave to produce"):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 request = InitProducerIdRequest(None, 0)
-                answer = await client.send(client.get_random_node(), request)
+                answer = await self.client.ask(client, request)
                 while answer.error_code == _LOADING:  # a Kafka that has just started
                     await asyncio.sleep(_PAUSE)
-                    answer = await client.send(client.get_random_node(), request)
+                    answer = await self.client.ask(client, request)
                 if answer.error_code:
                     raise kafka.for_code(answer.error_code)
         return Identity(answer.producer_id, answer.producer_epoch)
@@ -331,33 +306,39 @@ class KafkaProducer:
             try:
                 wire = await self._wire_to(batch.place)
             except (BrokerUnavailableError, *FOREIGN) as exc:
+                self.client.fails()
                 passing = not isinstance(exc, kafka.IncompatibleBrokerVersion)
                 raise DeliveryError(topic, describe(exc), retriable=passing) from exc
             answer = await self._departure.exchange(wire, batch)
         if not isinstance(answer, Exception):
             return self._outcome(batch, answer)
+        self.client.fails()
         self._renew_metadata()
         if isinstance(answer, kafka.NodeNotReadyError):
             raise DeliveryError(topic, describe(answer), retriable=True) from answer
         raise DeliveryUnknownError(topic, describe(answer)) from answer
 
     async def _wire_to(self, place: TopicPartition) -> Wire:
-        client = await self.client()
+        client = await self.client.get()
         leader = await leader_of(client, place)
         wire = await to_its_end(Wire.to(client, leader))
-        if client is self._client:
+        if client is self.client.now:
             self._wires[leader] = wire
         return wire
 
     def _renew_metadata(self) -> None:
-        if self._client is not None:
-            self._client.force_metadata_update()
+        if self.client.now is not None:
+            self.client.now.force_metadata_update()
 
     def _outcome(self, batch: Batch, answer: Produced) -> Appended:
         """Read the answer to a batch; raises as `_try`."""
         if answer.code in APPENDED:
             return _appended(batch, answer)
         error = kafka.for_code(answer.code)(batch.place.topic)
+        if error.invalid_metadata:
+            self.client.fails()
+        else:
+            self.client.works()
         self._renew_metadata()
         if isinstance(error, MAY_HAVE_APPENDED):
             raise DeliveryUnknownError(batch.place.topic, describe(error)) from error

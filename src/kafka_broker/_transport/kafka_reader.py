@@ -31,6 +31,7 @@ from kafka_broker._transport.kafka_client import (
     to_its_end,
     unavailable,
 )
+from kafka_broker._transport.kafka_kept import PATIENCE
 from kafka_broker._transport.kafka_requests import FETCH, fetch_request, fetched
 from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import BrokerUnavailableError
@@ -52,7 +53,7 @@ _AT_ONCE: Final = 50
 on together, and again at the next reply: while they work Kafka and those who answer have nothing to
 do, and the other way round.
 """
-_PATIENCE: Final = 3.0
+_SILENCE: Final = 3.0
 """Seconds that Kafka may keep silent beyond the time that it is told to wait."""
 _PAUSE: Final = (0.05, 1.0)
 _PASSING: Final = (
@@ -88,6 +89,7 @@ class KafkaReader:
         self._wire: Wire | None = None
         self._asking: asyncio.Future[Any] | None = None
         self._pause = _PAUSE[0]
+        self._failing_since: float | None = None
         self._closed = False
         self._left: list[Record] = []
         self._next = 0
@@ -97,11 +99,12 @@ class KafkaReader:
         cls, settings: BrokerSettings, place: TopicPartition, offset: int | None
     ) -> KafkaReader:
         """Connect, and know the position; see `Transport.read`."""
-        milliseconds = int((FETCH_TIMEOUT + _PATIENCE) * 1000)
+        milliseconds = int((FETCH_TIMEOUT + _SILENCE) * 1000)
         client = await connect(settings, {"request_timeout_ms": milliseconds})
         reader = cls(client, place)
         try:
-            reader._next = await reader._find(_AT_END) if offset is None else offset
+            end = await reader._find(_AT_END)  # which also shows that it can be read
+            reader._next = end if offset is None else offset
         except BaseException:
             await reader.close()
             raise
@@ -157,7 +160,7 @@ class KafkaReader:
             self._asking = None
             await self._recover(exc)
             return []
-        self._pause = _PAUSE[0]
+        self._pause, self._failing_since = _PAUSE[0], None
         self._asking = None if self._closed else self._ask()
         return self._hand_on()
 
@@ -272,7 +275,11 @@ class KafkaReader:
             BrokerUnavailableError: another try is of no use.
         """
         what = f"{self._place.topic}:{self._place.partition} cannot be read"
-        if not (isinstance(error, _PASSING) or getattr(error, "retriable", False)):
+        now = self._loop.time()
+        if self._failing_since is None:
+            self._failing_since = now
+        passing = isinstance(error, _PASSING) or getattr(error, "retriable", False)
+        if not passing or now - self._failing_since >= PATIENCE:
             raise unavailable(what, error) from error
         if self._pause == _PAUSE[0]:
             _logger.warning("%s, trying again: %s", what, describe(error))
