@@ -81,6 +81,8 @@ class Reader(Protocol):
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived, in offset order; empty after at most half a second of silence.
 
+        That it returns shows that Kafka answers: an outage is waited for, for some seconds.
+
         Raises:
             BrokerUnavailableError: this reader is broken; close it and open another.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -91,7 +92,7 @@ class KafkaReader:
         self._pause = _PAUSE[0]
         self._failing_since: float | None = None
         self._closed = False
-        self._left: list[Record] = []
+        self._left: deque[Record] = deque()
         self._next = 0
 
     @classmethod
@@ -103,8 +104,7 @@ class KafkaReader:
         client = await connect(settings, {"request_timeout_ms": milliseconds})
         reader = cls(client, place)
         try:
-            end = await reader._find(_AT_END)  # which also shows that it can be read
-            reader._next = end if offset is None else offset
+            reader._next = await reader._find(_AT_END) if offset is None else offset
         except BaseException:
             await reader.close()
             raise
@@ -143,13 +143,18 @@ class KafkaReader:
 
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived; see `Reader.fetch`."""
-        if self._closed or is_dead(self._client):
-            raise self._ended()
-        if self._left:
-            return self._hand_on()
+        answered = False
+        while not answered:
+            if self._closed or is_dead(self._client):
+                raise self._ended()
+            answered = bool(self._left) or await self._fetch_more()
+        return [self._left.popleft() for _ in range(min(_AT_ONCE, len(self._left)))]
+
+    async def _fetch_more(self) -> bool:
+        """Take the next answer; returns whether it was a good one."""
         self._asking = asking = self._asking or self._ask()  # where a close finds it
         try:
-            self._left = await self._read(await asking)
+            self._left.extend(await self._read(await asking))
         except asyncio.CancelledError:
             self._asking = None
             current = asyncio.current_task()
@@ -159,14 +164,10 @@ class KafkaReader:
         except FOREIGN as exc:
             self._asking = None
             await self._recover(exc)
-            return []
+            return False
         self._pause, self._failing_since = _PAUSE[0], None
         self._asking = None if self._closed else self._ask()
-        return self._hand_on()
-
-    def _hand_on(self) -> Sequence[Record]:
-        records, self._left = self._left[:_AT_ONCE], self._left[_AT_ONCE:]
-        return records
+        return True
 
     def _ended(self) -> BrokerUnavailableError:
         msg = f"{self._place.topic}:{self._place.partition} is not read any more"
