@@ -177,7 +177,7 @@ class Transport(Protocol):
         """Open a reader at *offset*, or at the end, and return once its position is known.
 
         Whatever is appended after this returns will be read. An offset that is no longer in the
-        log moves to the earliest that is.
+        log moves to the earliest that is, and one behind the end of the log to its end.
 
         Raises:
             BrokerUnavailableError: as `partitions`.

@@ -61,6 +61,7 @@ _PASSING: Final = (
     OSError,
     TimeoutError,
     kafka.CorruptRecordException,
+    kafka.OffsetOutOfRangeError,
     kafka.QuotaViolationError,
 )
 _AT_END, _AT_BEGINNING = -1, -2
@@ -77,6 +78,15 @@ class Fetched(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Headers
+
+
+def _next_whole(batches: Any) -> Any:
+    """Return the next batch; None if there is none, or it is damaged: what is before it is good."""
+    try:
+        batch = batches.next_batch()
+        return batch if batch is not None and batch.validate_crc() else None
+    except kafka.CorruptRecordException:
+        return None
 
 
 class KafkaReader:
@@ -201,33 +211,42 @@ class KafkaReader:
     async def _read(self, answer: bytes) -> list[Record]:
         code, content = fetched(answer, self._place)
         if code == kafka.OffsetOutOfRangeError.errno:
-            await self._skip_what_is_gone()
+            await self._go_into_the_log()
             return []
         if code:
             raise kafka.for_code(code)(self._place)
-        return self._parse(content) if content else []
+        begin = self._next
+        records = self._parse(content) if content else []
+        if content and self._next == begin:
+            text = f"{len(content)} bytes from offset {begin} on, and no batch in them"
+            raise kafka.CorruptRecordException(text)
+        return records
 
-    async def _skip_what_is_gone(self) -> None:
+    async def _go_into_the_log(self) -> None:
+        """Go to where the log begins, or ends, if that is behind, or before, the position."""
         if self._closed:
             raise self._ended()
-        self._asking = finding = self._loop.create_task(self._find(_AT_BEGINNING))
-        begin = await finding
+        self._asking = finding = self._loop.create_task(self._find_both())
+        begin, end = await finding
+        if begin <= self._next <= end:
+            raise kafka.OffsetOutOfRangeError(self._place)  # not any more, or it comes to itself
         _logger.warning(
-            "%s:%d: offset %d is no longer in the log, which begins at %d",
+            "%s:%d: offset %d is not in the log, which begins at %d and ends at %d",
             *self._place,
             self._next,
             begin,
+            end,
         )
-        self._next = begin
+        self._next = max(begin, min(self._next, end))
+
+    async def _find_both(self) -> tuple[int, int]:
+        return await self._find(_AT_BEGINNING), await self._find(_AT_END)
 
     def _parse(self, content: bytes) -> list[Record]:
         topic, partition = self._place
         records: list[Record] = []
         position, batches = self._next, MemoryRecords(content)
-        while batches.has_next():
-            batch = batches.next_batch()
-            if not batch.validate_crc():
-                raise kafka.CorruptRecordException(self._place)
+        while (batch := _next_whole(batches)) is not None:
             if not batch.is_control_batch:
                 try:
                     for one in batch:
@@ -248,10 +267,9 @@ class KafkaReader:
                 except kafka.UnsupportedCodecError:
                     raise
                 except Exception as exc:  # noqa: BLE001  # one that cannot be parsed raises anything
-                    records += self._unparsable(
-                        max(position, batch.base_offset), batch.next_offset, exc
-                    )
-            position = batch.next_offset
+                    begin = max(position, getattr(batch, "base_offset", position))
+                    records += self._unparsable(begin, batch.next_offset, exc)
+            position = max(position, batch.next_offset)
         self._next = position
         return records
 
