@@ -28,6 +28,7 @@ VIRTUAL = pytest.mark.looptime
 SETTINGS = BrokerSettings(module="asking", bootstrap_servers="127.0.0.1:1", delivery_timeout=30)
 NOT_LEADER = kafka.NotLeaderForPartitionError.errno
 DENIED = kafka.TopicAuthorizationFailedError.errno
+INVALID_RECORD = 87
 NOT_ENOUGH = kafka.NotEnoughReplicasError.errno
 OUT_OF_ORDER = kafka.OutOfOrderSequenceNumber.errno
 DUPLICATE = kafka.DuplicateSequenceNumber.errno
@@ -375,10 +376,15 @@ async def test_what_was_not_appended_is_tried_some_times(
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
 
 
-async def test_a_refusal_ends_a_batch(node: Node, producer: KafkaProducer) -> None:
+@pytest.mark.parametrize(
+    ("code", "name"), [(DENIED, "TopicAuthorization"), (INVALID_RECORD, "InvalidRecord")]
+)
+async def test_a_refusal_ends_a_batch(
+    node: Node, producer: KafkaProducer, code: int, name: str
+) -> None:
     """What Kafka refuses is not tried again, and takes no sequence number."""
-    node.meets(DENIED)
-    with pytest.raises(DeliveryError, match="TopicAuthorization") as caught:
+    node.meets(code)
+    with pytest.raises(DeliveryError, match=name) as caught:
         await producer.send("log", 0, outgoing(b"a"))
     assert not caught.value.retriable
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
@@ -409,11 +415,17 @@ async def test_a_lost_identity_is_replaced(node: Node, producer: KafkaProducer) 
 
 
 @VIRTUAL
-async def test_a_delivery_ends_in_time(node: Node, producer: KafkaProducer, looptime: Any) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "match"), [(kafka.KafkaConnectionError("lost"), "lost"), (999, "code 999")]
+)
+async def test_a_delivery_ends_in_time(
+    node: Node, producer: KafkaProducer, looptime: Any, outcome: Outcome, match: str
+) -> None:
     """What is never answered ends as unknown when its time is over."""
-    node.meets(*[kafka.KafkaConnectionError("lost")] * 1000)
-    with pytest.raises(DeliveryUnknownError, match="lost"):
+    node.meets(*[outcome] * 1000)
+    with pytest.raises(DeliveryUnknownError, match=match) as caught:
         await producer.send("log", 0, outgoing(b"a"))
+    assert 1 == str(caught.value).count("perhaps delivered")
     assert 30 <= looptime <= 31
     node.outcomes.clear()
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset

@@ -47,6 +47,10 @@ class Outgoing(NamedTuple):
     headers: Headers
 
 
+UNKNOWN: Final = -1
+"""The offset of what is in the log, but Kafka does not say where."""
+
+
 class Appended(NamedTuple):
     """Where a batch is in the log: the offset of its first record, and its time in milliseconds."""
 

@@ -25,7 +25,6 @@ from kafka_broker._transport import Appended
 from kafka_broker._transport.kafka_batch import (
     APPENDED,
     IDENTITY_LOST,
-    MAY_HAVE_APPENDED,
     Batch,
     Identity,
     compression,
@@ -35,6 +34,7 @@ from kafka_broker._transport.kafka_client import (
     FOREIGN,
     REQUEST_TIMEOUT,
     describe,
+    error_of,
     leader_of,
     to_its_end,
     translated,
@@ -258,7 +258,8 @@ class KafkaProducer:
         if not batch.unknown:
             raise error
         self._identities[batch.place] = None
-        raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
+        why = describe(error.__cause__ or error)
+        raise DeliveryUnknownError(batch.place.topic, why) from error
 
     def _outlive(self, batch: Batch, error: asyncio.CancelledError) -> None:
         """Go on when it was not us who cancelled: a loop that closes cancels every task at once."""
@@ -334,14 +335,12 @@ class KafkaProducer:
         """Read the answer to a batch; raises as `_try`."""
         if answer.code in APPENDED:
             return _appended(batch, answer)
-        error = kafka.for_code(answer.code)(batch.place.topic)
+        error = error_of(answer.code, batch.place.topic)
         if error.invalid_metadata:
             self.client.fails()
         else:
             self.client.works()
         self._renew_metadata()
-        if isinstance(error, MAY_HAVE_APPENDED):
-            raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
         if isinstance(error, IDENTITY_LOST):
             self._identities[batch.place] = None
             batch.deadline = 0.0  # its bytes carry the lost identity; it has to be built anew

@@ -21,7 +21,6 @@ from kafka_broker._transport import FETCH_TIMEOUT
 from kafka_broker._transport.kafka_client import (
     CLOSE_TIMEOUT,
     FOREIGN,
-    NOT_YET,
     REQUEST_TIMEOUT,
     Unparsable,
     close,
@@ -63,6 +62,12 @@ _PASSING: Final = (
     kafka.CorruptRecordException,
     kafka.OffsetOutOfRangeError,
     kafka.QuotaViolationError,
+)
+_NOT_YET: Final = (
+    kafka.UnknownTopicOrPartitionError,
+    kafka.NotLeaderForPartitionError,
+    kafka.LeaderNotAvailableError,
+    kafka.NodeNotReadyError,
 )
 _AT_END, _AT_BEGINNING = -1, -2
 _UNCOMMITTED, _CLIENT = 0, -1
@@ -145,7 +150,7 @@ class KafkaReader:
                         refusal = kafka.for_code(answer[1])(self._place)
                     except FOREIGN as exc:
                         refusal = exc
-                    if not isinstance(refusal, NOT_YET):
+                    if not isinstance(refusal, _NOT_YET):
                         break
                     self._client.force_metadata_update()
                     await asyncio.sleep(_PAUSE[0])
