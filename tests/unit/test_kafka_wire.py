@@ -495,6 +495,26 @@ def test_an_answer_about_another_partition() -> None:
             fetched(answer, PLACE)
 
 
+def test_negative_sizes_and_counts() -> None:
+    """A size or a number below zero, other than what stands for nothing, is no answer."""
+    right = ProduceResponse_v7([("replies", [(3, 0, 7, -1, 0)])], 0).encode()
+    for at, kind in ((0, ">i"), (4, ">h"), (13, ">i")):
+        with pytest.raises(kafka.KafkaProtocolError):
+            produced(negative(right, at, kind))
+    right = fetch_answer(3, 0, 9, 9, 0, [(1, 2)], b"batches")
+    for at, kind in ((10, ">i"), (14, ">h"), (23, ">i"), (57, ">i"), (77, ">i")):
+        with pytest.raises(kafka.KafkaProtocolError):
+            fetched(negative(right, at, kind), PLACE)
+
+
+def negative(answer: bytes, at: int, kind: str) -> bytes:
+    """Return a copy where a number that is positive is below zero."""
+    copy = bytearray(answer)
+    assert struct.unpack_from(kind, copy, at)[0] > 0
+    struct.pack_into(kind, copy, at, -2)
+    return bytes(copy)
+
+
 def test_answers_that_cannot_be_read() -> None:
     """An answer that ends too early, wherever, or is no text, is an error of the protocol."""
     right = ProduceResponse_v7([("replies", [(3, 0, 7, -1, 0)])], 0).encode()[:-4]
