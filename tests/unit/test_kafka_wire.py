@@ -23,11 +23,13 @@ from aiokafka.protocol.produce import ProduceRequest_v7, ProduceResponse_v7
 from kafka_broker._transport.kafka_requests import (
     FETCH,
     PRODUCE,
+    Kind,
     Produced,
     fetch_request,
     fetched,
     produce_request,
     produced,
+    throttled,
 )
 from kafka_broker._transport.kafka_wire import Wire
 
@@ -118,12 +120,12 @@ class Asking:
         self.ended: list[tuple[int, bytes | Exception]] = []
         self._ended = asyncio.Event()
 
-    def ask(self, number: int) -> None:
+    def ask(self, number: int, kind: Kind = FETCH) -> None:
         def answered(answer: bytes | Exception) -> None:
             self.ended.append((number, answer))
             self._ended.set()
 
-        self.wire.ask(FETCH, [b"body"], answered)
+        self.wire.ask(kind, [b"body"], answered)
 
     async def until(self, count: int) -> list[Any]:
         """Wait until so many exchanges have ended; returns how, or the classes of errors."""
@@ -320,16 +322,20 @@ async def test_it_is_closed_at_once(node: Node) -> None:
         assert await is_closed(client, asking)
 
 
+IN_TIME = bytes(4) + b"in time"
+"""An answer to a fetch that begins with no throttle."""
+
+
 async def test_a_silent_node_is_given_up(node: Node) -> None:
     """When an answer is due every exchange ends, also those whose own time is not over."""
     async with opened(node, request_timeout_ms=150) as (client, asking):
         asking.ask(0)
         asking.ask(1)
-        node.answer((await node.asked(2))[0], b"in time")
+        node.answer((await node.asked(2))[0], IN_TIME)
         await asking.until(1)
         asking.ask(2)
         in_time, *errors = await asking.until(3)
-        assert (b"in time", [kafka.RequestTimedOutError] * 2) == (in_time, errors)
+        assert (IN_TIME, [kafka.RequestTimedOutError] * 2) == (in_time, errors)
         assert await is_closed(client, asking)
 
 
@@ -361,6 +367,30 @@ async def test_a_slow_answer_is_waited_for(node: Node) -> None:
         asking.wire.data_received(frame(await node.asked_once(), b"half")[:-2])
         assert kafka.RequestTimedOutError == (await asking.until(2))[-1]
         assert await is_closed(client, asking)
+
+
+@pytest.mark.parametrize("kind", [FETCH, PRODUCE])
+async def test_a_node_that_slows_us_down_is_not_given_up(node: Node, kind: Kind) -> None:
+    """For as long as its answer says a node may be silent on top, and no longer."""
+    loop, throttle = asyncio.get_running_loop(), (300).to_bytes(4, "big")
+    content = throttle + bytes(4) if kind == FETCH else bytes(4) + throttle
+    async with opened(node, request_timeout_ms=100) as (client, asking):
+        asking.ask(0, kind)
+        node.answer(await node.asked_once(), content)
+        await asking.until(1)
+        begin = loop.time()
+        asking.ask(1, kind)
+        assert kafka.RequestTimedOutError == (await asking.until(2))[-1]
+        assert 0.35 < loop.time() - begin < 1
+        assert await is_closed(client, asking)
+
+
+def test_how_long_kafka_slows_us_down() -> None:
+    """What cannot be meant, below zero or beyond a minute, is not believed."""
+    for told, believed in ((0, 0), (1500, 1.5), (-1, 0), (1 << 30, 60)):
+        assert believed == throttled(PRODUCE, ProduceResponse_v7([], told).encode())
+        assert believed == throttled(FETCH, FetchResponse_v10(told, 0, 0, []).encode())
+    assert 0 == throttled(FETCH, b"")
 
 
 async def until(moment: float) -> None:

@@ -42,6 +42,15 @@ _PRODUCED: Final = struct.Struct(">ihqqq")
 _FETCHED: Final = struct.Struct(">ihqqq")
 _FETCH_ANSWER: Final = struct.Struct(">ihi")
 _ABORTED_SIZE: Final = 16
+_LONGEST_THROTTLE: Final = 60.0
+"""Seconds that are believed; Kafka's own limit is that of its quotas, eleven unless it is changed.
+"""
+
+
+def throttled(kind: Kind, answer: bytes) -> float:
+    """Return the seconds for which Kafka leaves the connection alone, as a quota is used up."""
+    field = answer[:4] if kind == FETCH else answer[-4:]
+    return min(max(int.from_bytes(field, "big", signed=True) / 1000, 0.0), _LONGEST_THROTTLE)
 
 
 def text_of(text: str) -> bytes:
