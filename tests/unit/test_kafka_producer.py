@@ -287,6 +287,29 @@ async def test_a_batch_waits_for_the_one_before(node: Node, producer: KafkaProdu
     assert [b"first", b"a", b"b"] == log(node)
 
 
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("waiting", [1, 3])
+async def test_a_batch_that_waits_is_cut_off(
+    node: Node, producer: KafkaProducer, step: int, waiting: int
+) -> None:
+    """What comes after it still waits for the batch that is open: no sequence is used twice."""
+    node.meets(None, appended=True)
+    producer.send("log", 0, outgoing(b"a")).cancel()
+    behind = [producer.send("log", 0, outgoing(b"b")) for _ in range(waiting)]
+    await turns(step)
+    for task in others():
+        if "_append" in repr(task):
+            task.cancel()
+    ended = await asyncio.gather(*behind, return_exceptions=True)
+    assert [DeliveryError] * waiting == [type(end) for end in ended]
+    last = producer.send("log", 0, outgoing(b"c"))
+    await turns(10)
+    assert 1 == len(node.requests)
+    node.pending.popleft()(ProduceResponse_v7([("log", [(0, 0, 1, -1, 0)])], 0).encode())
+    assert 2 == (await last).offset
+    assert [b"first", b"a", b"c"] == log(node)
+
+
 async def test_another_leader_is_sent_to(node: Node, producer: KafkaProducer) -> None:
     """Once the metadata has another leader the next batch goes there, over a new connection."""
     node.leader = 2

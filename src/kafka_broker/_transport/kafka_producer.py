@@ -65,11 +65,12 @@ class _Send:
     Attributes:
         appended: what the caller waits for, or does not any more.
         batch: once it is built.
+        before: the one of the same partition that has to end first.
         ended: after which the next batch of the partition may be built.
         task: takes care of it, if it needs care.
     """
 
-    __slots__ = ("appended", "batch", "ended", "place", "records", "task")
+    __slots__ = ("appended", "batch", "before", "ended", "place", "records", "task")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class _Send:
         self.appended: asyncio.Future[Appended] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.batch: Batch | None = None
+        self.before: _Send | None = None
         self.task: asyncio.Task[Appended] | None = None
 
     def cut_off(self, why: str) -> DeliveryError:
@@ -149,11 +151,11 @@ class KafkaProducer:
         """Append a batch; see `Transport.send`."""
         place = TopicPartition(topic, partition)
         send = _Send(asyncio.get_running_loop(), place, records)
-        before = self._latest.get(place)
+        send.before = self._latest.get(place)
         self._latest[place] = send
         self._sends[send] = None
-        if before is not None or not self._send_at_once(send):
-            self._take_care(send, before)
+        if send.before is not None or not self._send_at_once(send):
+            self._take_care(send)
         return send.appended
 
     def _send_at_once(self, send: _Send) -> bool:
@@ -177,7 +179,7 @@ class KafkaProducer:
 
     def _arrived(self, send: _Send, answer: Produced | Exception) -> None:
         """End a send that nobody takes care of, unless it is time that somebody does."""
-        if send.ended.done():  # by a stop
+        if send not in self._sends:  # a stop has ended it
             return
         batch = send.batch
         if batch is not None and not isinstance(answer, Exception) and answer.code in APPENDED:
@@ -185,11 +187,9 @@ class KafkaProducer:
         else:
             self._take_care(send, answer=answer)
 
-    def _take_care(
-        self, send: _Send, before: _Send | None = None, answer: Produced | Exception | None = None
-    ) -> None:
+    def _take_care(self, send: _Send, answer: Produced | Exception | None = None) -> None:
         """Go on in a task, after the batch before it, or with what came of the first try."""
-        send.task = asyncio.get_running_loop().create_task(self._append(send, before, answer))
+        send.task = asyncio.get_running_loop().create_task(self._append(send, answer))
         send.task.add_done_callback(partial(self._settle, send))
 
     def _settle(self, send: _Send, task: asyncio.Task[Appended]) -> None:
@@ -201,14 +201,16 @@ class KafkaProducer:
             self._end(send, send.cut_off("the broker stopped"))
 
     def _end(self, send: _Send, outcome: Appended | BaseException) -> None:
-        if send.ended.done():
+        if send not in self._sends:
             return
-        send.ended.set_result(None)
         del self._sends[send]
-        if self._latest.get(send.place) is send:
-            del self._latest[send.place]
         if isinstance(outcome, Appended):
             self.client.works()
+        before, send.before = send.before, None
+        if before is None or before.ended.done():
+            self._let_next_go(send)
+        else:  # it was cut off while it waited; what comes next still waits for the one before
+            before.ended.add_done_callback(lambda _: self._let_next_go(send))
         if send.appended.done():
             return
         if isinstance(outcome, BaseException):
@@ -216,14 +218,17 @@ class KafkaProducer:
         else:
             send.appended.set_result(outcome)
 
-    async def _append(
-        self, send: _Send, before: _Send | None, answer: Produced | Exception | None
-    ) -> Appended:
+    def _let_next_go(self, send: _Send) -> None:
+        send.ended.set_result(None)
+        if self._latest.get(send.place) is send:
+            del self._latest[send.place]
+
+    async def _append(self, send: _Send, answer: Produced | Exception | None) -> Appended:
         """Send until the outcome is known, or can no more be known."""
         place = send.place
         try:
-            if before is not None:
-                await asyncio.wait({before.ended})  # whose caller does not wait for it any more
+            if send.before is not None:  # whose caller does not wait for it any more
+                await asyncio.wait({send.before.ended})
             batch = send.batch
             if batch is None:
                 batch = send.batch = self._build(send, await self._identity(place))
