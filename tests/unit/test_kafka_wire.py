@@ -515,6 +515,12 @@ def test_a_fetch_that_is_over_its_quota() -> None:
         fetched(FetchResponse_v10(0, 0, 0, []).encode(), PLACE)
 
 
+def test_a_fetch_that_failed_as_a_whole() -> None:
+    """An answer without any partition that has an error of its own is that error."""
+    with pytest.raises(kafka.UnsupportedVersionError):
+        fetched(FetchResponse_v10(0, 35, 0, []).encode(), PLACE)
+
+
 def test_an_answer_about_another_partition() -> None:
     """What was not asked for is not taken for what was."""
     for answer in (

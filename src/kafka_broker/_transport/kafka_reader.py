@@ -300,8 +300,8 @@ class KafkaReader:
         """
         what = f"{self._place.topic}:{self._place.partition} cannot be read"
         now = self._loop.time()
-        if self._failing_since is None:
-            self._failing_since = now
+        if self._failing_since is None or isinstance(error, kafka.QuotaViolationError):
+            self._failing_since = now  # who slows us down is there
         passing = isinstance(error, _PASSING) or getattr(error, "retriable", False)
         if not passing or now - self._failing_since >= PATIENCE:
             raise unavailable(what, error) from error

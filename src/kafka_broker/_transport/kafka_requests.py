@@ -131,12 +131,14 @@ def fetched(answer: bytes, place: TopicPartition) -> tuple[int, bytes]:
 
     Raises:
         QuotaViolationError: there is none: it is Kafka's way to slow us down.
+        BrokerResponseError: there is none, and this is why.
         KafkaProtocolError: it cannot be read.
     """
     try:
         topics, at = _read_count(answer, _FETCH_ANSWER.size)
+        _, failed, _ = _FETCH_ANSWER.unpack_from(answer)
         if not topics:
-            raise kafka.QuotaViolationError(place)
+            raise kafka.for_code(failed)(place) if failed else kafka.QuotaViolationError(place)
         topic, at = _read_text(answer, at)
         _, at = _read_count(answer, at)
         partition, code, _, _, _ = _FETCHED.unpack_from(answer, at)
