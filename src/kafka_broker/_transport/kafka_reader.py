@@ -223,7 +223,7 @@ class KafkaReader:
         begin = self._next
         records = self._parse(content) if content else []
         if content and self._next == begin:
-            text = f"{len(content)} bytes from offset {begin} on, and no batch in them"
+            text = f"{len(content)} bytes, and no whole batch of offset {begin} or behind it"
             raise kafka.CorruptRecordException(text)
         return records
 
