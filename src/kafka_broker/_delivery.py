@@ -35,7 +35,8 @@ class Delivery:
     Attributes:
         topic: where it goes.
         partition: where it is, None until it is known.
-        offset: where it is, None until Kafka has acknowledged it.
+        offset: where it is, None until Kafka has acknowledged it; -1 if Kafka did not say, as of
+            an event whose first acknowledgement was lost.
         timestamp: seconds since the epoch, None until Kafka has acknowledged it.
     """
 

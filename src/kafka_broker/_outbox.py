@@ -7,6 +7,7 @@ batch to fill: one event in flight is sent at once, a thousand travel together.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import weakref
@@ -18,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kafka_broker._delivery import ENDED, SENT, WAITING, Delivery, murmur2, wake
-from kafka_broker._transport import Appended, Outgoing, Transport
+from kafka_broker._transport import UNKNOWN, Appended, Outgoing, Transport
 from kafka_broker.errors import (
     BrokerClosedError,
     BrokerUnavailableError,
@@ -459,7 +460,9 @@ class Outbox:
         timestamp = appended.timestamp / 1000
         if self._loop is not None:
             self._acknowledged_at = self._loop.time()
-        for offset, delivery in enumerate(batch, appended.offset):
+        known = appended.offset != UNKNOWN
+        offsets = itertools.count(appended.offset) if known else itertools.repeat(UNKNOWN)
+        for offset, delivery in zip(offsets, batch, strict=False):
             if delivery._state is not ENDED:
                 delivery.offset, delivery.timestamp = offset, timestamp
         self._end(batch, None)

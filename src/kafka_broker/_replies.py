@@ -63,7 +63,6 @@ class ReplyInbox:
             try:
                 if self._reader is None:
                     self._reader = await transport.read(self.topic, self.partition, self._next)
-                    self.pulse.has_partitions(1)
                 records = await self._reader.fetch()
             except BrokerUnavailableError as exc:
                 _logger.warning("replies cannot be read, trying again in %.1f s: %s", pause, exc)
@@ -72,7 +71,7 @@ class ReplyInbox:
                 pause = min(pause * 2, _BACKOFF[1])
                 continue
             pause = _BACKOFF[0]
-            self.pulse.has_read()
+            self.pulse.has_partitions(1)  # not before: a reader that was opened may yet fail
             for record in records:
                 self._take(record)
             self._next = self._reader.position

@@ -423,12 +423,15 @@ async def test_read_at_the_next_offset(transport: Transport, topic: str) -> None
         assert [b"2"] == values(await fetched(reader, 1))
 
 
-async def test_read_out_of_range_moves_to_the_earliest(transport: Transport, topic: str) -> None:
-    """A reader at an offset that is not in the log begins with the earliest record."""
+async def test_read_behind_the_end_moves_to_the_end(transport: Transport, topic: str) -> None:
+    """A reader at an offset behind the end of the log reads nothing again, and what comes."""
     await send(transport, topic, 0, b"0", b"1")
     async with reading(transport, topic, 0, 1000) as reader:
-        assert [b"0", b"1"] == values(await fetched(reader, 2))
+        assert [] == list(await reader.fetch())
         assert 2 == reader.position
+        await send(transport, topic, 0, b"2")
+        assert [b"2"] == values(await fetched(reader, 1))
+        assert 3 == reader.position
 
 
 async def test_a_missing_topic_cannot_be_read(transport: Transport) -> None:

@@ -9,6 +9,7 @@ from aiokafka import errors as kafka
 
 from kafka_broker._transport.kafka_client import (
     FOREIGN,
+    InvalidRecordError,
     describe,
     translated,
     unavailable,
@@ -49,6 +50,7 @@ _MAY_HAVE_APPENDED = (
     kafka.RequestTimedOutError,
     kafka.KafkaConnectionError,
     kafka.NotEnoughReplicasAfterAppendError,
+    kafka.NotLeaderForPartitionError,
     kafka.OutOfOrderSequenceNumber,
     kafka.KafkaTimeoutError,
 )
@@ -59,7 +61,8 @@ _MAY_HAVE_APPENDED = (
     [
         (kafka.MessageSizeTooLargeError, False),
         (kafka.TopicAuthorizationFailedError, False),
-        (kafka.NotLeaderForPartitionError, True),
+        (kafka.LeaderNotAvailableError, True),
+        (InvalidRecordError, False),
         (kafka.NotEnoughReplicasError, True),
         (kafka.UnknownTopicOrPartitionError, True),
     ],

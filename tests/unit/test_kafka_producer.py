@@ -7,6 +7,7 @@ import gc
 import io
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,17 +17,18 @@ from aiokafka.protocol.produce import ProduceRequest_v7, ProduceResponse_v7
 from aiokafka.record.memory_records import MemoryRecords
 
 from kafka_broker._settings import BrokerSettings
-from kafka_broker._transport import Appended, Outgoing, kafka_producer
+from kafka_broker._transport import Appended, Outgoing, kafka_kept
 from kafka_broker._transport.kafka_producer import KafkaProducer
 from kafka_broker._transport.kafka_requests import PRODUCE, Kind
 from kafka_broker._transport.kafka_wire import Wire
-from kafka_broker.errors import DeliveryError, DeliveryUnknownError
+from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
 
 VIRTUAL = pytest.mark.looptime
 """Pauses of the producer take no time."""
 SETTINGS = BrokerSettings(module="asking", bootstrap_servers="127.0.0.1:1", delivery_timeout=30)
 NOT_LEADER = kafka.NotLeaderForPartitionError.errno
 DENIED = kafka.TopicAuthorizationFailedError.errno
+INVALID_RECORD = 87
 NOT_ENOUGH = kafka.NotEnoughReplicasError.errno
 OUT_OF_ORDER = kafka.OutOfOrderSequenceNumber.errno
 DUPLICATE = kafka.DuplicateSequenceNumber.errno
@@ -43,12 +45,15 @@ class Node:
         self.logs: dict[TopicPartition, list[bytes]] = {}
         self.sequences: dict[tuple[TopicPartition, int], int] = {}
         self.requests: list[dict[TopicPartition, bytes]] = []
+        self.timeouts: set[int] = set()
         self.outcomes: deque[tuple[bool, Outcome]] = deque()
         self.producers = 0
         self.renewed = 0
         self.leader = 1
         self.open = True
         self.opened: list[int] = []
+        self.connects = 0
+        self.reachable = True
         self.may_open = asyncio.Event()
         self.may_open.set()
         self.pending: deque[Answered] = deque()
@@ -59,7 +64,9 @@ class Node:
 
     def handle(self, body: bytes, answered: Answered) -> None:
         """Answer a request some turns later."""
-        topics = ProduceRequest_v7.decode(io.BytesIO(body)).topics
+        request = ProduceRequest_v7.decode(io.BytesIO(body))
+        self.timeouts.add(request.timeout)
+        topics = request.topics
         batches = {
             TopicPartition(topic, partition): bytes(content)
             for topic, partitions in topics
@@ -106,6 +113,8 @@ class Node:
 
 class Link:
     """Stands for a `Wire`."""
+
+    timeout = 12.0
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -183,9 +192,12 @@ async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
 
     async def connect(*_: object) -> Client:
         await asyncio.sleep(0)
+        made.connects += 1
+        if not made.reachable:
+            raise BrokerUnavailableError("nothing answers")
         return Client(made)
 
-    monkeypatch.setattr(kafka_producer, "connect", connect)
+    monkeypatch.setattr(kafka_kept, "connect", connect)
     monkeypatch.setattr(Wire, "to", Client.open)
     yield made
     gc.collect(1)
@@ -275,11 +287,40 @@ async def test_a_batch_waits_for_the_one_before(node: Node, producer: KafkaProdu
     assert [b"first", b"a", b"b"] == log(node)
 
 
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("waiting", [1, 3])
+async def test_a_batch_that_waits_is_cut_off(
+    node: Node, producer: KafkaProducer, step: int, waiting: int
+) -> None:
+    """What comes after it still waits for the batch that is open: no sequence is used twice."""
+    node.meets(None, appended=True)
+    producer.send("log", 0, outgoing(b"a")).cancel()
+    behind = [producer.send("log", 0, outgoing(b"b")) for _ in range(waiting)]
+    await turns(step)
+    for task in others():
+        if "_append" in repr(task):
+            task.cancel()
+    ended = await asyncio.gather(*behind, return_exceptions=True)
+    assert [DeliveryError] * waiting == [type(end) for end in ended]
+    last = producer.send("log", 0, outgoing(b"c"))
+    await turns(10)
+    assert 1 == len(node.requests)
+    node.pending.popleft()(ProduceResponse_v7([("log", [(0, 0, 1, -1, 0)])], 0).encode())
+    assert 2 == (await last).offset
+    assert [b"first", b"a", b"c"] == log(node)
+
+
 async def test_another_leader_is_sent_to(node: Node, producer: KafkaProducer) -> None:
     """Once the metadata has another leader the next batch goes there, over a new connection."""
     node.leader = 2
     await producer.send("log", 0, outgoing(b"a"))
     assert [1, 1, 2] == node.opened
+
+
+async def test_kafka_has_less_time_than_the_connection(node: Node, producer: KafkaProducer) -> None:
+    """Kafka tells which replica hangs long before the connection would be given up for it."""
+    await producer.send("log", 0, outgoing(b"a"))
+    assert {6000} == node.timeouts
 
 
 # When something happens
@@ -358,10 +399,15 @@ async def test_what_was_not_appended_is_tried_some_times(
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
 
 
-async def test_a_refusal_ends_a_batch(node: Node, producer: KafkaProducer) -> None:
+@pytest.mark.parametrize(
+    ("code", "name"), [(DENIED, "TopicAuthorization"), (INVALID_RECORD, "InvalidRecord")]
+)
+async def test_a_refusal_ends_a_batch(
+    node: Node, producer: KafkaProducer, code: int, name: str
+) -> None:
     """What Kafka refuses is not tried again, and takes no sequence number."""
-    node.meets(DENIED)
-    with pytest.raises(DeliveryError, match="TopicAuthorization") as caught:
+    node.meets(code)
+    with pytest.raises(DeliveryError, match=name) as caught:
         await producer.send("log", 0, outgoing(b"a"))
     assert not caught.value.retriable
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
@@ -392,11 +438,17 @@ async def test_a_lost_identity_is_replaced(node: Node, producer: KafkaProducer) 
 
 
 @VIRTUAL
-async def test_a_delivery_ends_in_time(node: Node, producer: KafkaProducer, looptime: Any) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "match"), [(kafka.KafkaConnectionError("lost"), "lost"), (999, "code 999")]
+)
+async def test_a_delivery_ends_in_time(
+    node: Node, producer: KafkaProducer, looptime: Any, outcome: Outcome, match: str
+) -> None:
     """What is never answered ends as unknown when its time is over."""
-    node.meets(*[kafka.KafkaConnectionError("lost")] * 1000)
-    with pytest.raises(DeliveryUnknownError, match="lost"):
+    node.meets(*[outcome] * 1000)
+    with pytest.raises(DeliveryUnknownError, match=match) as caught:
         await producer.send("log", 0, outgoing(b"a"))
+    assert 1 == str(caught.value).count("perhaps delivered")
     assert 30 <= looptime <= 31
     node.outcomes.clear()
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
@@ -448,6 +500,57 @@ async def test_a_record_of_a_wrong_type_hurts_nobody(producer: KafkaProducer) ->
     with pytest.raises(TypeError):
         await producer.send("log", 0, wrong)
     assert 1 == (await producer.send("log", 0, outgoing(b"b"))).offset
+
+
+# A client that only fails
+
+FAILURES: list[Outcome] = [
+    kafka.KafkaConnectionError("lost"),
+    kafka.NodeNotReadyError(),
+    kafka.RequestTimedOutError(),
+    NOT_LEADER,
+]
+
+
+@VIRTUAL
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+async def test_a_client_that_only_fails_is_replaced(
+    node: Node, producer: KafkaProducer, failure: Outcome, looptime: Any
+) -> None:
+    """After ten seconds of failures another client asks bootstrap_servers where Kafka is."""
+    before = producer.client.now
+    node.meets(*[failure] * 120)
+    ended: list[Appended] = []
+    while not ended:
+        with suppress(DeliveryError):
+            ended.append(await producer.send("log", 0, outgoing(b"a")))
+    assert (2, False) == (node.connects, before is producer.client.now)
+    assert looptime >= 10
+
+
+@VIRTUAL
+async def test_a_good_answer_keeps_the_client(
+    node: Node, producer: KafkaProducer, looptime: Any
+) -> None:
+    """Failures with good answers in between, of any partition, say nothing about the client."""
+    before = producer.client.now
+    while looptime < 25:
+        node.meets(*[kafka.KafkaConnectionError("lost")] * 50)
+        await producer.send("log", 0, outgoing(b"a"))
+    assert (1, True) == (node.connects, before is producer.client.now)
+
+
+@VIRTUAL
+async def test_a_client_is_kept_when_no_other_can_connect(
+    node: Node, producer: KafkaProducer, looptime: Any
+) -> None:
+    """Where nothing answers the old client goes on, and each ten seconds another is tried."""
+    before = producer.client.now
+    node.reachable = False
+    node.meets(*[kafka.KafkaConnectionError("lost")] * 240, appended=True)
+    await producer.send("log", 0, outgoing(b"a"))
+    assert (3, True) == (node.connects, before is producer.client.now)
+    assert 20 < looptime < 30
 
 
 # Cut off

@@ -34,7 +34,7 @@ VIRTUAL = pytest.mark.looptime
 PLACE = TopicPartition("replies", 3)
 SETTINGS = BrokerSettings(module="asking", bootstrap_servers="127.0.0.1:1")
 GZIP = 1
-BASE, LEADER_EPOCH, CRC, ATTRIBUTES, LAST_DELTA = 0, 12, 17, 21, 23
+BASE, SIZE, LEADER_EPOCH, CRC, ATTRIBUTES, LAST_DELTA = 0, 8, 12, 17, 21, 23
 """Where these fields are in a batch; the checksum is over all that follows it."""
 CONTROL = 0x20
 NOT_LEADER = kafka.NotLeaderForPartitionError.errno
@@ -345,6 +345,13 @@ def damaged(made: bytearray) -> bytearray:
     return copy
 
 
+def too_short(made: bytearray) -> bytearray:
+    """Return a copy that says it is shorter than any batch."""
+    copy = bytearray(made)
+    struct.pack_into(">i", copy, SIZE, 5)
+    return copy
+
+
 # Readers
 
 
@@ -501,17 +508,82 @@ async def test_retention_may_overtake_an_open_reader(server: Serve) -> None:
     await reader.close()
 
 
+async def test_a_position_behind_the_end_moves_to_the_end(
+    server: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log that has lost its end, or was made anew, is not read again from its beginning."""
+    kafka = server(batch(2, b"a", b"b"))
+    kafka.fails(code(OUT_OF_RANGE))
+    reader = await open_reader(300)
+    assert [] == list(await reader.fetch())
+    assert 4 == reader.position
+    kafka.append(batch(4, b"c"))
+    assert [(4, b"c")] == simple(await fetched(reader, 1))
+    await reader.close()
+    (line,) = warnings(caplog)
+    assert line == "replies:3: offset 300 is not in the log, which begins at 2 and ends at 4"
+
+
+@VIRTUAL
+async def test_an_offset_that_is_in_the_log_after_all(server: Serve) -> None:
+    """A node that calls a position out of range, where it is not, is asked again after a pause."""
+    kafka = server(batch(0, b"a", b"b"))
+    kafka.fails(*[code(OUT_OF_RANGE)] * 2)
+    assert [(1, b"b")] == await read(1, offset=1)
+    assert [1, 1, 1] == kafka.offsets()[:3]
+
+
 @VIRTUAL
 @pytest.mark.parametrize("at", [0, 1])
 async def test_a_checksum_that_does_not_fit_skips_nothing(
     server: Serve, caplog: pytest.LogCaptureFixture, at: int
 ) -> None:
-    """An answer that was damaged on its way is asked for again, and no record of it is trusted."""
+    """What was damaged on its way is asked for again, and no record of it is trusted."""
     log = [batch(0, b"a"), batch(1, b"b")]
     wrong = [damaged(made) if number == at else made for number, made in enumerate(log)]
     server(*log).fails(*[content(b"".join(wrong))] * 3)
     assert [(0, b"a"), (1, b"b")] == await read(2)
     assert 1 == len(warnings(caplog))
+
+
+@VIRTUAL
+@pytest.mark.parametrize("wrong", [damaged, too_short])
+async def test_what_stays_damaged_breaks_the_reader(
+    server: Serve, wrong: Callable[[bytearray], bytearray]
+) -> None:
+    """Good batches before it are handed on; then fetches fail until the reader breaks there."""
+    kafka = server(batch(0, b"a"), batch(1, b"b"), wrong(batch(2, b"c")), batch(3, b"d"))
+    reader = await open_reader()
+    assert [(0, b"a"), (1, b"b")] == simple(await fetched(reader, 2))
+    with pytest.raises(BrokerUnavailableError, match="CorruptRecord"):
+        await reader.fetch()
+    assert 2 == reader.position
+    assert {0, 2} == set(kafka.offsets())
+    assert len(kafka.asked) < 20
+    await reader.close()
+
+
+@VIRTUAL
+@pytest.mark.parametrize("useless", [batch(4, b"x" * 99)[:-3], batch(1, b"x", b"y"), b"?"])
+async def test_an_answer_that_leads_nowhere_is_a_failure(
+    server: Serve, caplog: pytest.LogCaptureFixture, useless: bytes
+) -> None:
+    """Bytes without a whole batch, or of before the position, are asked for again after a pause."""
+    kafka = server(batch(4, b"a"))
+    kafka.fails(*[content(useless)] * 3)
+    assert [(4, b"a")] == await read(1, offset=4)
+    assert [0.05, 0.1, 0.2] == kafka.pauses()[:3]
+    assert [4, 4, 4, 4] == kafka.offsets()[:4]
+    assert 1 == len(warnings(caplog))
+
+
+async def test_the_position_never_goes_back(server: Serve) -> None:
+    """Batches of before the position, in an answer with one that is wanted, are passed."""
+    log = [batch(4, b"a"), batch(0, b"x", b"y"), batch(3, b"z", b"a")]
+    kafka = server(batch(4, b"a"))
+    kafka.fails(content(b"".join(log)))
+    assert [(4, b"a")] == await read(1, offset=4)
+    assert {4, 5} == set(kafka.offsets())
 
 
 async def test_a_record_that_cannot_be_parsed_is_handed_on_empty(
@@ -625,11 +697,9 @@ async def test_a_partition_without_a_leader_is_waited_for(server: Serve) -> None
     kafka = server(batch(0, b"a"))
     kafka.leader = -1
     reader = await open_reader()
-    for _ in range(3):
-        assert [] == list(await reader.fetch())
-    assert ([], 6) == (kafka.asked, kafka.renewed)
-    kafka.leader = 1
-    assert [(0, b"a")] == simple(await fetched(reader, 1))
+    asyncio.get_running_loop().call_later(0.5, setattr, kafka, "leader", 1)
+    assert [(0, b"a")] == simple(list(await reader.fetch()))
+    assert (0, 8) == (kafka.asked[0][-1], kafka.renewed)
     await reader.close()
 
 
@@ -637,9 +707,9 @@ async def test_a_partition_without_a_leader_is_waited_for(server: Serve) -> None
 async def test_an_answer_that_lacks_the_partition_is_passed(
     server: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kafka answers without a partition when a quota is used up: it is asked again."""
+    """Kafka answers without a partition when a quota is used up: it is asked as long as it is."""
     kafka = server(batch(0, b"a"))
-    left = [True, True, False]
+    left = [True] * 17
     true_answer = Client._answer
 
     async def answer(client: Client, node: int, request: Any) -> Any:
@@ -648,7 +718,24 @@ async def test_an_answer_that_lacks_the_partition_is_passed(
 
     monkeypatch.setattr(Client, "_answer", answer)
     assert [(0, b"a")] == await read(1)
-    assert [0, 0, 0] == kafka.offsets()[:3]
+    assert [0] * 18 == kafka.offsets()[:18]
+
+
+@VIRTUAL
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+async def test_what_does_not_pass_in_time_breaks_the_reader(
+    server: Serve, looptime: Any, fault: Fault
+) -> None:
+    """Ten seconds without a good answer end in an error, so another reader looks for Kafka."""
+    kafka = server(batch(0, b"a"))
+    kafka.fails(*[fault] * 5, late, *[fault] * 100)
+    reader = await open_reader()
+    assert [(0, b"a")] == simple(await fetched(reader, 1))
+    with pytest.raises(BrokerUnavailableError, match="replies:3"):
+        await fetched(reader, 1)
+    assert 10 <= looptime < 14
+    assert 1 == reader.position
+    await reader.close()
 
 
 FINAL = {

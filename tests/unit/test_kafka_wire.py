@@ -23,11 +23,13 @@ from aiokafka.protocol.produce import ProduceRequest_v7, ProduceResponse_v7
 from kafka_broker._transport.kafka_requests import (
     FETCH,
     PRODUCE,
+    Kind,
     Produced,
     fetch_request,
     fetched,
     produce_request,
     produced,
+    throttled,
 )
 from kafka_broker._transport.kafka_wire import Wire
 
@@ -118,12 +120,12 @@ class Asking:
         self.ended: list[tuple[int, bytes | Exception]] = []
         self._ended = asyncio.Event()
 
-    def ask(self, number: int) -> None:
+    def ask(self, number: int, kind: Kind = FETCH) -> None:
         def answered(answer: bytes | Exception) -> None:
             self.ended.append((number, answer))
             self._ended.set()
 
-        self.wire.ask(FETCH, [b"body"], answered)
+        self.wire.ask(kind, [b"body"], answered)
 
     async def until(self, count: int) -> list[Any]:
         """Wait until so many exchanges have ended; returns how, or the classes of errors."""
@@ -133,9 +135,6 @@ class Asking:
                 await self._ended.wait()
         assert [number for number, _ in self.ended] == list(range(count))
         return [end if isinstance(end, bytes) else type(end) for _, end in self.ended]
-
-
-Open = Callable[..., Any]
 
 
 @asynccontextmanager
@@ -323,16 +322,20 @@ async def test_it_is_closed_at_once(node: Node) -> None:
         assert await is_closed(client, asking)
 
 
+IN_TIME = bytes(4) + b"in time"
+"""An answer to a fetch that begins with no throttle."""
+
+
 async def test_a_silent_node_is_given_up(node: Node) -> None:
     """When an answer is due every exchange ends, also those whose own time is not over."""
     async with opened(node, request_timeout_ms=150) as (client, asking):
         asking.ask(0)
         asking.ask(1)
-        node.answer((await node.asked(2))[0], b"in time")
+        node.answer((await node.asked(2))[0], IN_TIME)
         await asking.until(1)
         asking.ask(2)
         in_time, *errors = await asking.until(3)
-        assert (b"in time", [kafka.RequestTimedOutError] * 2) == (in_time, errors)
+        assert (IN_TIME, [kafka.RequestTimedOutError] * 2) == (in_time, errors)
         assert await is_closed(client, asking)
 
 
@@ -347,6 +350,54 @@ async def test_a_busy_node_is_not_given_up(node: Node) -> None:
             number += 1
             await asking.until(number)
         assert asking.wire.open
+
+
+async def test_a_slow_answer_is_waited_for(node: Node) -> None:
+    """An answer may take longer than a node may be silent, as long as more of it arrives."""
+    loop = asyncio.get_running_loop()
+    async with opened(node, request_timeout_ms=150) as (client, asking):
+        asking.ask(0)
+        said, begin = frame(await node.asked_once(), bytes(20)), loop.time()
+        for at in range(len(said)):
+            asking.wire.data_received(said[at : at + 1])
+            await until(loop.time() + 0.02)
+        assert loop.time() > begin + 0.3
+        assert [bytes(20)] == await asking.until(1)
+        asking.ask(1)
+        asking.wire.data_received(frame(await node.asked_once(), b"half")[:-2])
+        assert kafka.RequestTimedOutError == (await asking.until(2))[-1]
+        assert await is_closed(client, asking)
+
+
+@pytest.mark.parametrize("kind", [FETCH, PRODUCE])
+async def test_a_node_that_slows_us_down_is_not_given_up(node: Node, kind: Kind) -> None:
+    """For as long as its answer says a node may be silent on top, and no longer."""
+    loop, throttle = asyncio.get_running_loop(), (300).to_bytes(4, "big")
+    content = throttle + bytes(4) if kind == FETCH else bytes(4) + throttle
+    async with opened(node, request_timeout_ms=100) as (client, asking):
+        asking.ask(0, kind)
+        node.answer(await node.asked_once(), content)
+        await asking.until(1)
+        begin = loop.time()
+        asking.ask(1, kind)
+        assert kafka.RequestTimedOutError == (await asking.until(2))[-1]
+        assert 0.35 < loop.time() - begin < 1
+        assert await is_closed(client, asking)
+
+
+def test_how_long_kafka_slows_us_down() -> None:
+    """What cannot be meant, below zero or beyond a minute, is not believed."""
+    for told, believed in ((0, 0), (1500, 1.5), (-1, 0), (1 << 30, 60)):
+        assert believed == throttled(PRODUCE, ProduceResponse_v7([], told).encode())
+        assert believed == throttled(FETCH, FetchResponse_v10(told, 0, 0, []).encode())
+    assert 0 == throttled(FETCH, b"")
+
+
+async def until(moment: float) -> None:
+    """Return at a time of the loop."""
+    reached = asyncio.Event()
+    asyncio.get_running_loop().call_at(moment, reached.set)
+    await reached.wait()
 
 
 async def test_a_connection_that_is_used_is_not_idle(node: Node) -> None:
@@ -464,6 +515,12 @@ def test_a_fetch_that_is_over_its_quota() -> None:
         fetched(FetchResponse_v10(0, 0, 0, []).encode(), PLACE)
 
 
+def test_a_fetch_that_failed_as_a_whole() -> None:
+    """An answer without any partition that has an error of its own is that error."""
+    with pytest.raises(kafka.UnsupportedVersionError):
+        fetched(FetchResponse_v10(0, 35, 0, []).encode(), PLACE)
+
+
 def test_an_answer_about_another_partition() -> None:
     """What was not asked for is not taken for what was."""
     for answer in (
@@ -472,6 +529,26 @@ def test_an_answer_about_another_partition() -> None:
     ):
         with pytest.raises(kafka.KafkaProtocolError, match="replies"):
             fetched(answer, PLACE)
+
+
+def test_negative_sizes_and_counts() -> None:
+    """A size or a number below zero, other than what stands for nothing, is no answer."""
+    right = ProduceResponse_v7([("replies", [(3, 0, 7, -1, 0)])], 0).encode()
+    for at, kind in ((0, ">i"), (4, ">h"), (13, ">i")):
+        with pytest.raises(kafka.KafkaProtocolError):
+            produced(negative(right, at, kind))
+    right = fetch_answer(3, 0, 9, 9, 0, [(1, 2)], b"batches")
+    for at, kind in ((10, ">i"), (14, ">h"), (23, ">i"), (57, ">i"), (77, ">i")):
+        with pytest.raises(kafka.KafkaProtocolError):
+            fetched(negative(right, at, kind), PLACE)
+
+
+def negative(answer: bytes, at: int, kind: str) -> bytes:
+    """Return a copy where a number that is positive is below zero."""
+    copy = bytearray(answer)
+    assert struct.unpack_from(kind, copy, at)[0] > 0
+    struct.pack_into(kind, copy, at, -2)
+    return bytes(copy)
 
 
 def test_answers_that_cannot_be_read() -> None:

@@ -225,6 +225,15 @@ async def test_what_is_produced_meanwhile_travels_together() -> None:
     assert 2 == len(kafka.batches)
 
 
+async def test_an_offset_that_kafka_does_not_tell() -> None:
+    """Where Kafka has a batch and does not say where, no delivery gets an offset of another."""
+    kafka = FakeKafka(Bank=1)
+    deliveries = put(new_outbox(kafka), 1, 2, 3)
+    (await kafka.batch(0)).future.set_result(Appended(-1, 1_500_000))
+    assert [None] * 3 == await ends(deliveries)
+    assert [(-1, 1500.0)] * 3 == [(each.offset, each.timestamp) for each in deliveries]
+
+
 async def test_each_partition_has_its_own_batch_on_its_way() -> None:
     """A slow partition does not hold up the others, nor one topic the next."""
     kafka = FakeKafka(Bank=2, Shop=1)

@@ -258,6 +258,23 @@ async def test_a_reader_is_replaced_as_often_as_needed(kafka: FakeKafka, inbox: 
         assert pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0]) == pauses
 
 
+@pytest.mark.looptime
+async def test_a_new_reader_has_to_read_before_it_is_well(kafka: FakeKafka, inbox: Inbox) -> None:
+    """Health does not take a reader that was opened for one that can read."""
+    assert inbox.pulse.check().ok
+    opened: list[tuple[int, bool]] = []
+
+    def look() -> None:
+        opened.append((len(kafka.readers), inbox.pulse.check().ok))
+        kafka.reply("a", 1)
+
+    await asyncio.sleep(0)
+    kafka.break_reader()
+    asyncio.get_running_loop().call_later(1.0, look)
+    assert 1 == await inbox.consume("a")
+    assert ([(2, False)], True) == (opened, inbox.pulse.check().ok)
+
+
 async def test_closing_what_is_not_open_is_fine() -> None:
     """A start that failed is closed like any other."""
     inbox = Inbox()

@@ -47,6 +47,10 @@ class Outgoing(NamedTuple):
     headers: Headers
 
 
+UNKNOWN: Final = -1
+"""The offset of what is in the log, but Kafka does not say where."""
+
+
 class Appended(NamedTuple):
     """Where a batch is in the log: the offset of its first record, and its time in milliseconds."""
 
@@ -80,6 +84,8 @@ class Reader(Protocol):
 
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived, in offset order; empty after at most half a second of silence.
+
+        That it returns shows that Kafka answers: an outage is waited for, for some seconds.
 
         Raises:
             BrokerUnavailableError: this reader is broken; close it and open another.
@@ -175,7 +181,7 @@ class Transport(Protocol):
         """Open a reader at *offset*, or at the end, and return once its position is known.
 
         Whatever is appended after this returns will be read. An offset that is no longer in the
-        log moves to the earliest that is.
+        log moves to the earliest that is, and one behind the end of the log to its end.
 
         Raises:
             BrokerUnavailableError: as `partitions`.

@@ -64,11 +64,11 @@ class KafkaTransport:
 
     async def partitions(self, topic: str) -> int:
         """Ask Kafka, without creating the topic; see `Transport.partitions`."""
-        client = await self._producer.client()
+        client = await self._producer.client.get()
         with translated(f"cannot look up topic {topic!r}"):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 request = MetadataRequest([topic], allow_auto_topic_creation=False)
-                answer = await client.send(client.get_random_node(), request)
+                answer = await self._producer.client.ask(client, request)
                 error, _, _, partitions = answer.topics[0]
                 if error == kafka.TopicAuthorizationFailedError.errno:
                     raise kafka.TopicAuthorizationFailedError(topic)

@@ -34,12 +34,6 @@ IDENTITY_LOST: Final = (
     kafka.UnknownProducerId,
     kafka.ProducerFenced,
 )
-MAY_HAVE_APPENDED: Final = (
-    kafka.NotLeaderForPartitionError,  # also when it lost the lead while the replicas copied
-    kafka.RequestTimedOutError,
-    kafka.NotEnoughReplicasAfterAppendError,
-    kafka.KafkaStorageError,
-)
 
 
 class Identity:

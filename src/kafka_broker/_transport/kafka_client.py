@@ -59,8 +59,17 @@ _LOCKED_OUT: Final = (
     kafka.SaslAuthenticationFailed,
     kafka.UnsupportedSaslMechanismError,
 )
+
+
+class InvalidRecordError(kafka.BrokerResponseError):  # type: ignore[misc]  # untyped base
+    """Kafka has refused a record, such as one without a key where it compacts."""
+
+    errno = 87
+    message = "INVALID_RECORD"
+
+
 _TOO_LARGE: Final = (kafka.MessageSizeTooLargeError, kafka.RecordListTooLargeError)
-REFUSED: Final = (
+_REFUSED: Final = (
     *_FORBIDDEN,
     *_TOO_LARGE,
     kafka.InvalidTopicError,
@@ -68,15 +77,16 @@ REFUSED: Final = (
     kafka.UnsupportedForMessageFormatError,
     kafka.PolicyViolationError,
     kafka.InvalidRequiredAcksError,
+    InvalidRecordError,
 )
-NOT_YET: Final = (
+_NOT_YET: Final = (
     kafka.UnknownTopicOrPartitionError,
-    kafka.NotLeaderForPartitionError,
     kafka.LeaderNotAvailableError,
     kafka.NotEnoughReplicasError,
     kafka.NodeNotReadyError,
     kafka.ProducerClosed,
 )
+"""Not `NotLeaderForPartitionError`: so ends what lost the lead while the replicas copied."""
 
 
 class Unparsable(NamedTuple):
@@ -113,11 +123,19 @@ def unavailable(action: str, error: BaseException, hint: str = "") -> BrokerUnav
     return BrokerUnavailableError(f"{action}: {describe(error)}" + (f"; {hint}" if hint else ""))
 
 
+def error_of(code: int, topic: str) -> kafka.BrokerResponseError:
+    """Return the error that a code means; aiokafka knows those up to 79."""
+    if code == InvalidRecordError.errno:
+        return InvalidRecordError(topic)
+    kind = kafka.for_code(code)
+    return kind(topic if kind.errno == code else f"{topic}: code {code}")
+
+
 def undelivered(topic: str, error: BaseException) -> DeliveryError:
     """Return what a failed append means to the producer: refused, not yet, or unknown."""
-    if isinstance(error, REFUSED):
+    if isinstance(error, _REFUSED):
         return DeliveryError(topic, describe(error), too_large=isinstance(error, _TOO_LARGE))
-    if isinstance(error, NOT_YET):
+    if isinstance(error, _NOT_YET):
         return DeliveryError(topic, describe(error), retriable=True)
     return DeliveryUnknownError(topic, describe(error))
 

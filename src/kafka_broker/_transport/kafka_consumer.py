@@ -119,93 +119,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-class _Consumer:
-    """What a reader and a subscription share: fetching and closing."""
-
-    def __init__(self, consumer: Any, history: History) -> None:
-        self._consumer = consumer
-        self._history = history
-        self._turn = 0
-
-    async def _poll(
-        self, *places: TopicPartition, timeout: float
-    ) -> dict[TopicPartition, list[Record]]:
-        """Return what has arrived, or has in *places* if there are any."""
-        try:
-            batches: dict[TopicPartition, list[Record]] = await self._consumer.getmany(
-                *places, timeout_ms=timeout * 1000, max_records=_POLL_RECORDS
-            )
-        except FOREIGN as exc:
-            raise unavailable("fetching failed", exc) from exc
-        except Exception as exc:  # one record that cannot be parsed raises anything
-            self._history.met_unparsable()
-            raise unavailable("a record cannot be parsed", exc) from exc
-        if not batches:
-            self._check_alive()
-        return batches
-
-    async def _poll_carefully(
-        self, places: Sequence[TopicPartition], timeout: float
-    ) -> Sequence[Record]:
-        """Return one record, of another partition each time; none after *timeout*."""
-        deadline = _now() + timeout
-        while True:
-            for _ in places:
-                self._turn += 1
-                if records := await self._poll_one(places[self._turn % len(places)]):
-                    return records
-            if _now() >= deadline:
-                self._check_alive()
-                return []
-            await asyncio.sleep(_LOOK)
-
-    async def _poll_one(self, place: TopicPartition) -> Sequence[Record]:
-        """Return the next record of *place*, if it is there, or what stands for it."""
-        try:
-            batches = await self._consumer.getmany(place, timeout_ms=0, max_records=1)
-        except FOREIGN as exc:
-            raise unavailable("fetching failed", exc) from exc
-        except Exception as exc:  # the record that cannot be parsed raises anything
-            self._history.met_unparsable()
-            offset = self._offset_to_parse(place)
-            if offset is None:
-                raise unavailable("a record cannot be parsed", exc) from exc
-            return [self._step_over(place, offset, exc)]
-        records: Sequence[Record] = batches.get(place, ())
-        return records
-
-    def _step_over(self, place: TopicPartition, offset: int, error: Exception) -> Record:
-        _logger.error(
-            "%s:%d:%d cannot be parsed and is handed on empty: %s",
-            place.topic,
-            place.partition,
-            offset,
-            describe(error),
-        )
-        self._consumer.seek(place, offset + 1)
-        return Unparsable(place.topic, place.partition, offset, int(time.time() * 1000))
-
-    def _offset_to_parse(self, place: TopicPartition) -> int | None:
-        """Return the offset behind what was parsed; a position stays before control records."""
-        buffered = self._consumer._fetcher._records.get(place)  # noqa: SLF001  # ADR 0007
-        offset: int | None = getattr(
-            getattr(buffered, "_partition_records", None), "next_fetch_offset", None
-        )
-        return offset
-
-    def _check_alive(self) -> None:
-        """Notice what aiokafka keeps to itself: after its fetch task died it is silent for ever."""
-        fetching = self._consumer._fetcher._fetch_task  # noqa: SLF001  # no public sign of it
-        if fetching.done():
-            msg = "the fetch task of the consumer died"
-            raise BrokerUnavailableError(msg)
-
-    async def close(self) -> None:
-        """Stop the consumer; see `Reader.close`."""
-        await close(self._consumer, self._consumer.stop())
-
-
-class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base
+class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # untyped base
     """A `Subscription` over a consumer of a group."""
 
     def __init__(
@@ -216,7 +130,9 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
         on_revoked: OnRevoked,
         history: History,
     ) -> None:
-        super().__init__(consumer, history)
+        self._consumer = consumer
+        self._history = history
+        self._turn = 0
         self._topic = topic
         self._on_assigned = on_assigned
         self._on_revoked = on_revoked
@@ -336,6 +252,79 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
             self._served.update(batches)
         return records
 
+    async def _poll(
+        self, *places: TopicPartition, timeout: float
+    ) -> dict[TopicPartition, list[Record]]:
+        """Return what has arrived, or has in *places* if there are any."""
+        try:
+            batches: dict[TopicPartition, list[Record]] = await self._consumer.getmany(
+                *places, timeout_ms=timeout * 1000, max_records=_POLL_RECORDS
+            )
+        except FOREIGN as exc:
+            raise unavailable("fetching failed", exc) from exc
+        except Exception as exc:  # one record that cannot be parsed raises anything
+            self._history.met_unparsable()
+            raise unavailable("a record cannot be parsed", exc) from exc
+        if not batches:
+            self._check_alive()
+        return batches
+
+    async def _poll_carefully(
+        self, places: Sequence[TopicPartition], timeout: float
+    ) -> Sequence[Record]:
+        """Return one record, of another partition each time; none after *timeout*."""
+        deadline = _now() + timeout
+        while True:
+            for _ in places:
+                self._turn += 1
+                if records := await self._poll_one(places[self._turn % len(places)]):
+                    return records
+            if _now() >= deadline:
+                self._check_alive()
+                return []
+            await asyncio.sleep(_LOOK)
+
+    async def _poll_one(self, place: TopicPartition) -> Sequence[Record]:
+        """Return the next record of *place*, if it is there, or what stands for it."""
+        try:
+            batches = await self._consumer.getmany(place, timeout_ms=0, max_records=1)
+        except FOREIGN as exc:
+            raise unavailable("fetching failed", exc) from exc
+        except Exception as exc:  # the record that cannot be parsed raises anything
+            self._history.met_unparsable()
+            offset = self._offset_to_parse(place)
+            if offset is None:
+                raise unavailable("a record cannot be parsed", exc) from exc
+            return [self._step_over(place, offset, exc)]
+        records: Sequence[Record] = batches.get(place, ())
+        return records
+
+    def _step_over(self, place: TopicPartition, offset: int, error: Exception) -> Record:
+        _logger.error(
+            "%s:%d:%d cannot be parsed and is handed on empty: %s",
+            place.topic,
+            place.partition,
+            offset,
+            describe(error),
+        )
+        self._consumer.seek(place, offset + 1)
+        return Unparsable(place.topic, place.partition, offset, int(time.time() * 1000))
+
+    def _offset_to_parse(self, place: TopicPartition) -> int | None:
+        """Return the offset behind what was parsed; a position stays before control records."""
+        buffered = self._consumer._fetcher._records.get(place)  # noqa: SLF001  # ADR 0007
+        offset: int | None = getattr(
+            getattr(buffered, "_partition_records", None), "next_fetch_offset", None
+        )
+        return offset
+
+    def _check_alive(self) -> None:
+        """Notice what aiokafka keeps to itself: after its fetch task died it is silent for ever."""
+        fetching = self._consumer._fetcher._fetch_task  # noqa: SLF001  # no public sign of it
+        if fetching.done():
+            msg = "the fetch task of the consumer died"
+            raise BrokerUnavailableError(msg)
+
     async def commit(self, offsets: Mapping[int, int]) -> bool:
         """Commit; see `Subscription.commit`."""
         if self._closed or not offsets:
@@ -389,6 +378,6 @@ class KafkaSubscription(_Consumer, ConsumerRebalanceListener):  # type: ignore[m
     async def close(self) -> None:
         """Leave the group; see `Subscription.close`."""
         try:
-            await super().close()
+            await close(self._consumer, self._consumer.stop())
         finally:
             self._closed = True

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from aiokafka import errors as kafka
 
-from kafka_broker._transport.kafka_client import REQUEST_TIMEOUT
 from kafka_broker._transport.kafka_requests import PRODUCE, Produced, produce_request, produced
 
 if TYPE_CHECKING:
@@ -56,8 +55,9 @@ class Departure:
     def _leave(self, wire: Wire) -> None:
         leaving = self._leaving.pop(wire)
         batches = [(batch.place, batch.buffer) for batch, _ in leaving]
+        limit = wire.timeout / 2  # so Kafka's word on a replica that hangs comes before we hang up
         try:
-            wire.ask(PRODUCE, produce_request(REQUEST_TIMEOUT, batches), partial(_arrived, leaving))
+            wire.ask(PRODUCE, produce_request(limit, batches), partial(_arrived, leaving))
         except kafka.NodeNotReadyError as exc:
             _arrived(leaving, exc)
 

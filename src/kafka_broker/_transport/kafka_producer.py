@@ -15,7 +15,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from aiokafka import TopicPartition
 from aiokafka import errors as kafka
@@ -25,7 +25,6 @@ from kafka_broker._transport import Appended
 from kafka_broker._transport.kafka_batch import (
     APPENDED,
     IDENTITY_LOST,
-    MAY_HAVE_APPENDED,
     Batch,
     Identity,
     compression,
@@ -34,16 +33,15 @@ from kafka_broker._transport.kafka_client import (
     CLOSE_TIMEOUT,
     FOREIGN,
     REQUEST_TIMEOUT,
-    close,
-    connect,
     describe,
-    is_dead,
+    error_of,
     leader_of,
     to_its_end,
     translated,
     undelivered,
 )
 from kafka_broker._transport.kafka_departure import Departure
+from kafka_broker._transport.kafka_kept import KeptClient
 from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import BrokerUnavailableError, DeliveryError, DeliveryUnknownError
 
@@ -67,11 +65,12 @@ class _Send:
     Attributes:
         appended: what the caller waits for, or does not any more.
         batch: once it is built.
+        before: the one of the same partition that has to end first.
         ended: after which the next batch of the partition may be built.
         task: takes care of it, if it needs care.
     """
 
-    __slots__ = ("appended", "batch", "ended", "place", "records", "task")
+    __slots__ = ("appended", "batch", "before", "ended", "place", "records", "task")
 
     def __init__(
         self,
@@ -84,6 +83,7 @@ class _Send:
         self.appended: asyncio.Future[Appended] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.batch: Batch | None = None
+        self.before: _Send | None = None
         self.task: asyncio.Task[Appended] | None = None
 
     def cut_off(self, why: str) -> DeliveryError:
@@ -95,14 +95,16 @@ class _Send:
 
 
 class KafkaProducer:
-    """Appends batches, idempotently, acknowledged by all replicas in sync."""
+    """Appends batches, idempotently, acknowledged by all replicas in sync.
+
+    Attributes:
+        client: what it asks Kafka by.
+    """
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
         self._codec = compression(settings)
-        self._options = {"request_timeout_ms": int(REQUEST_TIMEOUT * 1000)}
-        self._client: Any = None
-        self._connecting = asyncio.Lock()
+        self.client = KeptClient(settings)
         self._first: Identity | None = None
         self._identities: dict[TopicPartition, Identity | None] = {}
         self._wires: dict[int, Wire] = {}
@@ -117,7 +119,7 @@ class KafkaProducer:
         Raises:
             BrokerUnavailableError: nothing answers, or it refuses us.
         """
-        self._client = await connect(self._settings, self._options)
+        await self.client.open()
         self._running = True
         try:
             self._first = await self._new_identity()
@@ -138,37 +140,10 @@ class KafkaProducer:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT)
         for wire in self._wires.values():
             wire.close()
-        client, self._client = self._client, None
         self._identities.clear()
         self._latest.clear()
         self._wires.clear()
-        if client is not None:
-            await close(client, client.close())
-
-    async def client(self) -> Any:
-        """Return a client that works, in place of one whose tasks were cancelled a new one.
-
-        Raises:
-            BrokerUnavailableError: it is stopped, or no new one could connect.
-        """
-        if not self._running:
-            msg = "the connection to Kafka is closed"
-            raise BrokerUnavailableError(msg)
-        client = self._client
-        if not is_dead(client):
-            return client
-        async with self._connecting:
-            if self._client is client:
-                _logger.warning("the connection to Kafka was cut from inside; connecting again")
-                self._client = await connect(self._settings, self._options)
-                await close(client, client.close())
-                if not self._running:  # stopped meanwhile
-                    client, self._client = self._client, None
-                    await close(client, client.close())
-        if self._client is None:
-            msg = "the connection to Kafka is closed"
-            raise BrokerUnavailableError(msg)
-        return self._client
+        await self.client.close()
 
     def send(
         self, topic: str, partition: int, records: Sequence[Outgoing]
@@ -176,11 +151,11 @@ class KafkaProducer:
         """Append a batch; see `Transport.send`."""
         place = TopicPartition(topic, partition)
         send = _Send(asyncio.get_running_loop(), place, records)
-        before = self._latest.get(place)
+        send.before = self._latest.get(place)
         self._latest[place] = send
         self._sends[send] = None
-        if before is not None or not self._send_at_once(send):
-            self._take_care(send, before)
+        if send.before is not None or not self._send_at_once(send):
+            self._take_care(send)
         return send.appended
 
     def _send_at_once(self, send: _Send) -> bool:
@@ -188,7 +163,7 @@ class KafkaProducer:
         identity = self._identities.get(send.place)
         if identity is None or not self._running:
             return False
-        wire = self._wires.get(self._client.cluster.leader_for_partition(send.place))
+        wire = self._wires.get(self.client.now.cluster.leader_for_partition(send.place))
         if wire is None or not wire.open:
             return False
         try:
@@ -204,7 +179,7 @@ class KafkaProducer:
 
     def _arrived(self, send: _Send, answer: Produced | Exception) -> None:
         """End a send that nobody takes care of, unless it is time that somebody does."""
-        if send.ended.done():  # by a stop
+        if send not in self._sends:  # a stop has ended it
             return
         batch = send.batch
         if batch is not None and not isinstance(answer, Exception) and answer.code in APPENDED:
@@ -212,11 +187,9 @@ class KafkaProducer:
         else:
             self._take_care(send, answer=answer)
 
-    def _take_care(
-        self, send: _Send, before: _Send | None = None, answer: Produced | Exception | None = None
-    ) -> None:
+    def _take_care(self, send: _Send, answer: Produced | Exception | None = None) -> None:
         """Go on in a task, after the batch before it, or with what came of the first try."""
-        send.task = asyncio.get_running_loop().create_task(self._append(send, before, answer))
+        send.task = asyncio.get_running_loop().create_task(self._append(send, answer))
         send.task.add_done_callback(partial(self._settle, send))
 
     def _settle(self, send: _Send, task: asyncio.Task[Appended]) -> None:
@@ -228,12 +201,16 @@ class KafkaProducer:
             self._end(send, send.cut_off("the broker stopped"))
 
     def _end(self, send: _Send, outcome: Appended | BaseException) -> None:
-        if send.ended.done():
+        if send not in self._sends:
             return
-        send.ended.set_result(None)
         del self._sends[send]
-        if self._latest.get(send.place) is send:
-            del self._latest[send.place]
+        if isinstance(outcome, Appended):
+            self.client.works()
+        before, send.before = send.before, None
+        if before is None or before.ended.done():
+            self._let_next_go(send)
+        else:  # it was cut off while it waited; what comes next still waits for the one before
+            before.ended.add_done_callback(lambda _: self._let_next_go(send))
         if send.appended.done():
             return
         if isinstance(outcome, BaseException):
@@ -241,14 +218,17 @@ class KafkaProducer:
         else:
             send.appended.set_result(outcome)
 
-    async def _append(
-        self, send: _Send, before: _Send | None, answer: Produced | Exception | None
-    ) -> Appended:
+    def _let_next_go(self, send: _Send) -> None:
+        send.ended.set_result(None)
+        if self._latest.get(send.place) is send:
+            del self._latest[send.place]
+
+    async def _append(self, send: _Send, answer: Produced | Exception | None) -> Appended:
         """Send until the outcome is known, or can no more be known."""
         place = send.place
         try:
-            if before is not None:
-                await asyncio.wait({before.ended})  # whose caller does not wait for it any more
+            if send.before is not None:  # whose caller does not wait for it any more
+                await asyncio.wait({send.before.ended})
             batch = send.batch
             if batch is None:
                 batch = send.batch = self._build(send, await self._identity(place))
@@ -283,7 +263,8 @@ class KafkaProducer:
         if not batch.unknown:
             raise error
         self._identities[batch.place] = None
-        raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
+        why = describe(error.__cause__ or error)
+        raise DeliveryUnknownError(batch.place.topic, why) from error
 
     def _outlive(self, batch: Batch, error: asyncio.CancelledError) -> None:
         """Go on when it was not us who cancelled: a loop that closes cancels every task at once."""
@@ -307,14 +288,14 @@ class KafkaProducer:
         return identity
 
     async def _new_identity(self) -> Identity:
-        client = await self.client()
+        client = await self.client.get()
         with translated("Kafka gives no leave to produce"):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 request = InitProducerIdRequest(None, 0)
-                answer = await client.send(client.get_random_node(), request)
+                answer = await self.client.ask(client, request)
                 while answer.error_code == _LOADING:  # a Kafka that has just started
                     await asyncio.sleep(_PAUSE)
-                    answer = await client.send(client.get_random_node(), request)
+                    answer = await self.client.ask(client, request)
                 if answer.error_code:
                     raise kafka.for_code(answer.error_code)
         return Identity(answer.producer_id, answer.producer_epoch)
@@ -331,36 +312,40 @@ class KafkaProducer:
             try:
                 wire = await self._wire_to(batch.place)
             except (BrokerUnavailableError, *FOREIGN) as exc:
+                self.client.fails()
                 passing = not isinstance(exc, kafka.IncompatibleBrokerVersion)
                 raise DeliveryError(topic, describe(exc), retriable=passing) from exc
             answer = await self._departure.exchange(wire, batch)
         if not isinstance(answer, Exception):
             return self._outcome(batch, answer)
+        self.client.fails()
         self._renew_metadata()
         if isinstance(answer, kafka.NodeNotReadyError):
             raise DeliveryError(topic, describe(answer), retriable=True) from answer
         raise DeliveryUnknownError(topic, describe(answer)) from answer
 
     async def _wire_to(self, place: TopicPartition) -> Wire:
-        client = await self.client()
+        client = await self.client.get()
         leader = await leader_of(client, place)
         wire = await to_its_end(Wire.to(client, leader))
-        if client is self._client:
+        if client is self.client.now:
             self._wires[leader] = wire
         return wire
 
     def _renew_metadata(self) -> None:
-        if self._client is not None:
-            self._client.force_metadata_update()
+        if self.client.now is not None:
+            self.client.now.force_metadata_update()
 
     def _outcome(self, batch: Batch, answer: Produced) -> Appended:
         """Read the answer to a batch; raises as `_try`."""
         if answer.code in APPENDED:
             return _appended(batch, answer)
-        error = kafka.for_code(answer.code)(batch.place.topic)
+        error = error_of(answer.code, batch.place.topic)
+        if error.invalid_metadata:
+            self.client.fails()
+        else:
+            self.client.works()
         self._renew_metadata()
-        if isinstance(error, MAY_HAVE_APPENDED):
-            raise DeliveryUnknownError(batch.place.topic, describe(error)) from error
         if isinstance(error, IDENTITY_LOST):
             self._identities[batch.place] = None
             batch.deadline = 0.0  # its bytes carry the lost identity; it has to be built anew

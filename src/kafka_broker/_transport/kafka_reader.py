@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -20,7 +21,6 @@ from kafka_broker._transport import FETCH_TIMEOUT
 from kafka_broker._transport.kafka_client import (
     CLOSE_TIMEOUT,
     FOREIGN,
-    NOT_YET,
     REQUEST_TIMEOUT,
     Unparsable,
     close,
@@ -31,6 +31,7 @@ from kafka_broker._transport.kafka_client import (
     to_its_end,
     unavailable,
 )
+from kafka_broker._transport.kafka_kept import PATIENCE
 from kafka_broker._transport.kafka_requests import FETCH, fetch_request, fetched
 from kafka_broker._transport.kafka_wire import Wire
 from kafka_broker.errors import BrokerUnavailableError
@@ -52,14 +53,21 @@ _AT_ONCE: Final = 50
 on together, and again at the next reply: while they work Kafka and those who answer have nothing to
 do, and the other way round.
 """
-_PATIENCE: Final = 3.0
+_SILENCE: Final = 3.0
 """Seconds that Kafka may keep silent beyond the time that it is told to wait."""
 _PAUSE: Final = (0.05, 1.0)
 _PASSING: Final = (
     OSError,
     TimeoutError,
     kafka.CorruptRecordException,
+    kafka.OffsetOutOfRangeError,
     kafka.QuotaViolationError,
+)
+_NOT_YET: Final = (
+    kafka.UnknownTopicOrPartitionError,
+    kafka.NotLeaderForPartitionError,
+    kafka.LeaderNotAvailableError,
+    kafka.NodeNotReadyError,
 )
 _AT_END, _AT_BEGINNING = -1, -2
 _UNCOMMITTED, _CLIENT = 0, -1
@@ -77,6 +85,15 @@ class Fetched(NamedTuple):
     headers: Headers
 
 
+def _next_whole(batches: Any) -> Any:
+    """Return the next batch; None if there is none, or it is damaged: what is before it is good."""
+    try:
+        batch = batches.next_batch()
+        return batch if batch is not None and batch.validate_crc() else None
+    except kafka.CorruptRecordException:
+        return None
+
+
 class KafkaReader:
     """A `Reader` with a connection of its own, as Kafka answers one request of each at a time."""
 
@@ -88,8 +105,9 @@ class KafkaReader:
         self._wire: Wire | None = None
         self._asking: asyncio.Future[Any] | None = None
         self._pause = _PAUSE[0]
+        self._failing_since: float | None = None
         self._closed = False
-        self._left: list[Record] = []
+        self._left: deque[Record] = deque()
         self._next = 0
 
     @classmethod
@@ -97,7 +115,7 @@ class KafkaReader:
         cls, settings: BrokerSettings, place: TopicPartition, offset: int | None
     ) -> KafkaReader:
         """Connect, and know the position; see `Transport.read`."""
-        milliseconds = int((FETCH_TIMEOUT + _PATIENCE) * 1000)
+        milliseconds = int((FETCH_TIMEOUT + _SILENCE) * 1000)
         client = await connect(settings, {"request_timeout_ms": milliseconds})
         reader = cls(client, place)
         try:
@@ -132,7 +150,7 @@ class KafkaReader:
                         refusal = kafka.for_code(answer[1])(self._place)
                     except FOREIGN as exc:
                         refusal = exc
-                    if not isinstance(refusal, NOT_YET):
+                    if not isinstance(refusal, _NOT_YET):
                         break
                     self._client.force_metadata_update()
                     await asyncio.sleep(_PAUSE[0])
@@ -140,13 +158,18 @@ class KafkaReader:
 
     async def fetch(self) -> Sequence[Record]:
         """Return what has arrived; see `Reader.fetch`."""
-        if self._closed or is_dead(self._client):
-            raise self._ended()
-        if self._left:
-            return self._hand_on()
+        answered = False
+        while not answered:
+            if self._closed or is_dead(self._client):
+                raise self._ended()
+            answered = bool(self._left) or await self._fetch_more()
+        return [self._left.popleft() for _ in range(min(_AT_ONCE, len(self._left)))]
+
+    async def _fetch_more(self) -> bool:
+        """Take the next answer; returns whether it was a good one."""
         self._asking = asking = self._asking or self._ask()  # where a close finds it
         try:
-            self._left = await self._read(await asking)
+            self._left.extend(await self._read(await asking))
         except asyncio.CancelledError:
             self._asking = None
             current = asyncio.current_task()
@@ -156,14 +179,10 @@ class KafkaReader:
         except FOREIGN as exc:
             self._asking = None
             await self._recover(exc)
-            return []
-        self._pause = _PAUSE[0]
+            return False
+        self._pause, self._failing_since = _PAUSE[0], None
         self._asking = None if self._closed else self._ask()
-        return self._hand_on()
-
-    def _hand_on(self) -> Sequence[Record]:
-        records, self._left = self._left[:_AT_ONCE], self._left[_AT_ONCE:]
-        return records
+        return True
 
     def _ended(self) -> BrokerUnavailableError:
         msg = f"{self._place.topic}:{self._place.partition} is not read any more"
@@ -197,33 +216,42 @@ class KafkaReader:
     async def _read(self, answer: bytes) -> list[Record]:
         code, content = fetched(answer, self._place)
         if code == kafka.OffsetOutOfRangeError.errno:
-            await self._skip_what_is_gone()
+            await self._go_into_the_log()
             return []
         if code:
             raise kafka.for_code(code)(self._place)
-        return self._parse(content) if content else []
+        begin = self._next
+        records = self._parse(content) if content else []
+        if content and self._next == begin:
+            text = f"{len(content)} bytes, and no whole batch of offset {begin} or behind it"
+            raise kafka.CorruptRecordException(text)
+        return records
 
-    async def _skip_what_is_gone(self) -> None:
+    async def _go_into_the_log(self) -> None:
+        """Go to where the log begins, or ends, if that is behind, or before, the position."""
         if self._closed:
             raise self._ended()
-        self._asking = finding = self._loop.create_task(self._find(_AT_BEGINNING))
-        begin = await finding
+        self._asking = finding = self._loop.create_task(self._find_both())
+        begin, end = await finding
+        if begin <= self._next <= end:
+            raise kafka.OffsetOutOfRangeError(self._place)  # not any more, or it comes to itself
         _logger.warning(
-            "%s:%d: offset %d is no longer in the log, which begins at %d",
+            "%s:%d: offset %d is not in the log, which begins at %d and ends at %d",
             *self._place,
             self._next,
             begin,
+            end,
         )
-        self._next = begin
+        self._next = max(begin, min(self._next, end))
+
+    async def _find_both(self) -> tuple[int, int]:
+        return await self._find(_AT_BEGINNING), await self._find(_AT_END)
 
     def _parse(self, content: bytes) -> list[Record]:
         topic, partition = self._place
         records: list[Record] = []
         position, batches = self._next, MemoryRecords(content)
-        while batches.has_next():
-            batch = batches.next_batch()
-            if not batch.validate_crc():
-                raise kafka.CorruptRecordException(self._place)
+        while (batch := _next_whole(batches)) is not None:
             if not batch.is_control_batch:
                 try:
                     for one in batch:
@@ -244,10 +272,9 @@ class KafkaReader:
                 except kafka.UnsupportedCodecError:
                     raise
                 except Exception as exc:  # noqa: BLE001  # one that cannot be parsed raises anything
-                    records += self._unparsable(
-                        max(position, batch.base_offset), batch.next_offset, exc
-                    )
-            position = batch.next_offset
+                    begin = max(position, getattr(batch, "base_offset", position))
+                    records += self._unparsable(begin, batch.next_offset, exc)
+            position = max(position, batch.next_offset)
         self._next = position
         return records
 
@@ -272,7 +299,11 @@ class KafkaReader:
             BrokerUnavailableError: another try is of no use.
         """
         what = f"{self._place.topic}:{self._place.partition} cannot be read"
-        if not (isinstance(error, _PASSING) or getattr(error, "retriable", False)):
+        now = self._loop.time()
+        if self._failing_since is None or isinstance(error, kafka.QuotaViolationError):
+            self._failing_since = now  # who slows us down is there
+        passing = isinstance(error, _PASSING) or getattr(error, "retriable", False)
+        if not passing or now - self._failing_since >= PATIENCE:
             raise unavailable(what, error) from error
         if self._pause == _PAUSE[0]:
             _logger.warning("%s, trying again: %s", what, describe(error))

@@ -39,9 +39,18 @@ _TOPIC_HEAD: Final = struct.Struct(">h")
 _COUNT: Final = struct.Struct(">i")
 _BATCH_HEAD: Final = struct.Struct(">ii")
 _PRODUCED: Final = struct.Struct(">ihqqq")
-_FETCHED: Final = struct.Struct(">ihqqqi")
+_FETCHED: Final = struct.Struct(">ihqqq")
 _FETCH_ANSWER: Final = struct.Struct(">ihi")
 _ABORTED_SIZE: Final = 16
+_LONGEST_THROTTLE: Final = 60.0
+"""Seconds that are believed; Kafka's own limit is that of its quotas, eleven unless it is changed.
+"""
+
+
+def throttled(kind: Kind, answer: bytes) -> float:
+    """Return the seconds for which Kafka leaves the connection alone, as a quota is used up."""
+    field = answer[:4] if kind == FETCH else answer[-4:]
+    return min(max(int.from_bytes(field, "big", signed=True) / 1000, 0.0), _LONGEST_THROTTLE)
 
 
 def text_of(text: str) -> bytes:
@@ -70,12 +79,10 @@ def produced(answer: bytes) -> dict[TopicPartition, Produced]:
     """
     outcomes: dict[TopicPartition, Produced] = {}
     try:
-        (topics,) = _COUNT.unpack_from(answer)
-        at = _COUNT.size
+        topics, at = _read_count(answer, 0)
         for _ in range(topics):
             topic, at = _read_text(answer, at)
-            (partitions,) = _COUNT.unpack_from(answer, at)
-            at += _COUNT.size
+            partitions, at = _read_count(answer, at)
             for _ in range(partitions):
                 partition, code, offset, timestamp, _ = _PRODUCED.unpack_from(answer, at)
                 outcomes[TopicPartition(topic, partition)] = Produced(code, offset, timestamp)
@@ -87,8 +94,18 @@ def produced(answer: bytes) -> dict[TopicPartition, Produced]:
 
 def _read_text(answer: bytes, at: int) -> tuple[str, int]:
     (size,) = _TOPIC_HEAD.unpack_from(answer, at)
+    if size < 0:
+        raise kafka.KafkaProtocolError(f"a name of {size} bytes")
     begin = at + _TOPIC_HEAD.size
     return answer[begin : begin + size].decode(), begin + size
+
+
+def _read_count(answer: bytes, at: int, nothing: int = 0) -> tuple[int, int]:
+    """Return a number of things, or of bytes, and where it ends; some may be *nothing*, -1."""
+    (count,) = _COUNT.unpack_from(answer, at)
+    if count < nothing:
+        raise kafka.KafkaProtocolError(f"a count of {count}")
+    return max(count, 0), at + _COUNT.size
 
 
 def fetch_request(
@@ -114,24 +131,24 @@ def fetched(answer: bytes, place: TopicPartition) -> tuple[int, bytes]:
 
     Raises:
         QuotaViolationError: there is none: it is Kafka's way to slow us down.
+        BrokerResponseError: there is none, and this is why.
         KafkaProtocolError: it cannot be read.
     """
     try:
-        (topics,) = _COUNT.unpack_from(answer, _FETCH_ANSWER.size)
-        at = _FETCH_ANSWER.size + _COUNT.size
+        topics, at = _read_count(answer, _FETCH_ANSWER.size)
+        _, failed, _ = _FETCH_ANSWER.unpack_from(answer)
         if not topics:
-            raise kafka.QuotaViolationError(place)
+            raise kafka.for_code(failed)(place) if failed else kafka.QuotaViolationError(place)
         topic, at = _read_text(answer, at)
-        at += _COUNT.size
-        partition, code, _, _, _, aborted = _FETCHED.unpack_from(answer, at)
-        at += _FETCHED.size + max(aborted, 0) * _ABORTED_SIZE
-        (size,) = _COUNT.unpack_from(answer, at)
+        _, at = _read_count(answer, at)
+        partition, code, _, _, _ = _FETCHED.unpack_from(answer, at)
+        aborted, at = _read_count(answer, at + _FETCHED.size, -1)
+        size, at = _read_count(answer, at + aborted * _ABORTED_SIZE, -1)
     except (struct.error, UnicodeDecodeError) as exc:
         raise kafka.KafkaProtocolError(f"the answer to a fetch request: {exc}") from exc
     if (topic, partition) != place:
         raise kafka.KafkaProtocolError(f"{place} was asked for, not {topic}:{partition}")
-    at += _COUNT.size
-    content = answer[at : at + max(size, 0)]
+    content = answer[at : at + size]
     if len(content) < size:
         raise kafka.KafkaProtocolError(f"{len(content)} of {size} bytes were answered")
     return code, content

@@ -17,7 +17,7 @@ from aiokafka import errors as kafka
 from aiokafka.conn import CloseReason
 
 from kafka_broker._transport.kafka_client import describe
-from kafka_broker._transport.kafka_requests import FETCH, PRODUCE, Kind, text_of
+from kafka_broker._transport.kafka_requests import FETCH, PRODUCE, Kind, text_of, throttled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -35,6 +35,9 @@ class Wire(asyncio.Protocol):
     """A connection that is open, until it is not; another one takes its place then.
 
     Kafka answers in the order in which it was asked, so an answer belongs to the oldest request.
+
+    Attributes:
+        timeout: seconds that the node may be silent while an answer is waited for.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -42,12 +45,14 @@ class Wire(asyncio.Protocol):
         self._stream = connection._writer  # noqa: SLF001  # it would abort when it is collected
         self._transport: asyncio.Transport = self._stream.transport
         self._before: Any = self._transport.get_protocol()
-        self._timeout: float = connection._request_timeout  # noqa: SLF001
+        self.timeout: float = connection._request_timeout  # noqa: SLF001
         self._client_id = text_of(connection._client_id)  # noqa: SLF001
         self._loop = asyncio.get_running_loop()
-        self._pending: deque[tuple[int, float, Callable[[bytes | Exception], None]]] = deque()
+        self._pending: deque[tuple[int, float, Kind, Callable[[bytes | Exception], None]]]
+        self._pending = deque()
         self._correlation_id = 0
         self._sweeper: asyncio.TimerHandle | None = None
+        self._heard = 0.0
         self._rest = bytearray()
         self._needed = 0
         self._lost = False
@@ -98,16 +103,17 @@ class Wire(asyncio.Protocol):
             raise kafka.NodeNotReadyError("the connection was closed")
         number = self._correlation_id = (self._correlation_id + 1) % _CORRELATION_IDS
         content = b"".join((self._client_id, *body))
-        expires = self._loop.time() + self._timeout
-        self._pending.append((number, expires, answered))
+        now = self._loop.time()
+        self._pending.append((number, now, kind, answered))
         if self._sweeper is None:
-            self._sweeper = self._loop.call_at(expires, self._sweep)
+            self._sweeper = self._loop.call_at(now + self.timeout, self._sweep)
         self._connection._last_action = time.monotonic()  # noqa: SLF001  # it is not idle
         size = _REQUEST.size - 4 + len(content)
         self._transport.write(_REQUEST.pack(size, *kind, number) + content)
 
     def data_received(self, data: bytes) -> None:
         """Hand out the answers that are complete; see `asyncio.Protocol`."""
+        self._heard = max(self._heard, self._loop.time())
         if self._rest:
             self._rest += data
             if len(self._rest) < self._needed:
@@ -123,8 +129,11 @@ class Wire(asyncio.Protocol):
             if end > len(data):
                 self._needed = end - begin
                 break
-            _, _, answered = self._pending.popleft()
-            answered(data[begin + _ANSWER.size : end])
+            _, _, kind, answered = self._pending.popleft()
+            answer = data[begin + _ANSWER.size : end]
+            if (pause := throttled(kind, answer)) > 0:
+                self._heard = max(self._heard, self._loop.time() + pause)
+            answered(answer)
             begin = end
         if begin < len(data) and not self._lost:
             self._rest += data[begin:]
@@ -141,13 +150,14 @@ class Wire(asyncio.Protocol):
         return error
 
     def _sweep(self) -> None:
-        """Give up on a node whose oldest answer is due, else look again when it would be."""
+        """Give up on a node that is silent for too long, else look again when it would be."""
         self._sweeper = None
         if not self._pending:
             return
-        _, expires, _ = self._pending[0]
+        _, asked, _, _ = self._pending[0]
+        expires = max(asked, self._heard) + self.timeout
         if expires <= self._loop.time():
-            error = kafka.RequestTimedOutError(f"no answer within {self._timeout:g} s")
+            error = kafka.RequestTimedOutError(f"no answer within {self.timeout:g} s")
             self._fail(error, CloseReason.CONNECTION_TIMEOUT)
         else:
             self._sweeper = self._loop.call_at(expires, self._sweep)
@@ -178,5 +188,5 @@ class Wire(asyncio.Protocol):
         self._transport.abort()
         self._connection.close(reason, error)
         while self._pending:
-            _, _, answered = self._pending.popleft()
+            _, _, _, answered = self._pending.popleft()
             answered(error)

@@ -119,7 +119,7 @@ class Node:
         end = len(self.log(topic, partition))
         if offset is None:
             return end
-        return offset if 0 <= offset <= end else 0
+        return min(max(offset, 0), end)
 
     def create(self, topics: Sequence[TopicSpec], servers: str) -> None:
         with self.lock:
