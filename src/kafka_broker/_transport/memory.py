@@ -210,7 +210,9 @@ class MemoryTransport:
         """Open a reader without a group; see `Transport.read`."""
         await self._reach()
         with self._node.lock:
-            position = self._node.position(topic, partition, offset)
+            position = self._node.position(topic, partition, None)
+            if offset is not None:
+                position = min(max(offset, 0), position)
             return MemoryReader(self._node, topic, {partition: position})
 
     async def subscribe(

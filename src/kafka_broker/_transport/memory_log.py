@@ -115,11 +115,11 @@ class Node:
         return partitions[partition]
 
     def position(self, topic: str, partition: int, offset: int | None) -> int:
-        """Return where a reader that asks for *offset* begins: None is the end."""
+        """Return where one begins who asks for *offset*: None is the end, beyond it the start."""
         end = len(self.log(topic, partition))
         if offset is None:
             return end
-        return min(max(offset, 0), end)
+        return offset if 0 <= offset <= end else 0
 
     def create(self, topics: Sequence[TopicSpec], servers: str) -> None:
         with self.lock:
