@@ -46,16 +46,17 @@ class Watermark(Generic[One]):
 
     def advance(self) -> int | None:
         """Return the offset to commit: the next one to read; None if it is committed already."""
-        self._pass_done()
+        self.pass_done()
         self._advanced = self._low, self._passed
         return self._low if self._passed else None
 
     def first(self) -> One | None:
         """Return what holds the watermark, or None."""
-        self._pass_done()
+        self.pass_done()
         return self._begun[0][1] if self._begun else None
 
-    def _pass_done(self) -> None:
+    def pass_done(self) -> None:
+        """Let go of what is done, up to the first that is not."""
         while self._begun and self._begun[0][1].done():
             self._low = self._begun.popleft()[0] + 1
             self._passed += 1

@@ -197,6 +197,7 @@ class ConsumerStorage:
             self.release(slot)
             raise
         self.release(slot)
+        arrival.taken = True
         return _read(arrival)
 
     def begin(self, correlation_id: str) -> None:
@@ -290,7 +291,6 @@ class ConsumerStorage:
             )
 
     def _add_event(self, arrival: Arrival) -> None:
-        arrival.taken = False
         if not self._hand_over(arrival):
             self._events[arrival] = None
             self._arrive(arrival)
@@ -319,7 +319,6 @@ class ConsumerStorage:
         asks = isinstance(arrival.content, EventObject) and arrival.content.status == PENDING
         for slot in self._slots.get(arrival.correlation_id, ()):
             if not slot.done() and not (asks and slot.replies_only):
-                arrival.taken = True
                 slot.set_result(arrival)
                 return True
         return False

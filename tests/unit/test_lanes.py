@@ -570,3 +570,38 @@ def test_an_old_record_comes_back_to_a_seat() -> None:
     _end(lanes, new)
     assert 1 == _commit(lanes)
     _nothing_left(lanes)
+
+
+def test_what_has_ended_is_not_asked_again() -> None:
+    """However much a handler has produced, it costs nothing while another record waits for it."""
+
+    class Ending:
+        over = False
+        asked = 0
+
+        def done(self) -> bool:
+            self.asked += 1
+            return self.over
+
+    lanes, endings = _lanes(), [Ending() for _ in range(5)]
+    _add(lanes, "", "", "")
+    first, *others = _begin(lanes)
+    first.endings += endings
+    for ending in endings[:4]:
+        ending.over = True
+    _end(lanes, first, *others)
+    assert (None, [0, 0, 0, 0]) == (_commit(lanes), [ending.asked for ending in endings[:4]])
+    endings[4].over = True
+    assert (3, [1, 1, 1, 1]) == (_commit(lanes), [ending.asked for ending in endings[:4]])
+
+
+def test_what_is_done_is_let_go_before_the_commit() -> None:
+    """Else the garbage collector would find it in an old generation."""
+    lanes = _lanes()
+    _add(lanes, *"abc")
+    first, *others = _begin(lanes)
+    _end(lanes, *others)
+    assert [first, *others] == list(lanes.partitions[0].watermark.pending())
+    _end(lanes, first)
+    assert [] == list(lanes.partitions[0].watermark.pending())
+    assert 3 == _commit(lanes)

@@ -14,7 +14,7 @@ from kafka_broker._offsets import Watermark
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-STEPS = ["begin", "end", "first", "look", "commit"]
+STEPS = ["begin", "end", "pass", "look", "commit"]
 
 
 class Task:
@@ -92,8 +92,8 @@ def test_commits_that_come_late(steps: list[tuple[str, int]]) -> None:
             below = sum(offset < (low or 0) for offset in tasks)
             assert (low if below > committed else None) == watermark.advance()
             handed_out.append(low or 0)
-        elif step == "first":
-            watermark.first()
+        elif step == "pass":
+            watermark.pass_done()
         elif step == "commit":
             offset = handed_out[number % len(handed_out)]
             below = sum(one < offset for one in tasks)
@@ -110,7 +110,7 @@ def test_what_ends_during_a_commit_does_not_hide_it() -> None:
     tasks[0].over = True
     assert 1 == watermark.advance()
     tasks[1].over = True
-    assert tasks[2] is watermark.first()
+    watermark.pass_done()
     assert (1, 2) == (watermark.committed(1), len(watermark))
     assert (2, 1, 1) == (watermark.advance(), watermark.committed(2), len(watermark))
 

@@ -215,8 +215,8 @@ async def test_consume_waits_for_an_event(storage: Storage) -> None:
     """One of the module's topic, and it does not get into the storage."""
     consuming = await waiting(storage.consume("a"))
     arrival = await storage.event("a", 1)
-    assert arrival.done()
     event = await consuming
+    assert arrival.done()
     assert ("a", "sale", 1) == (event.correlation_id, event.event, event.data)
     assert await storage.poll() is False
     assert "a" not in storage
@@ -927,3 +927,14 @@ async def test_a_pending_wait_costs_less_than_two_kilobytes(
     assert (measured() - before) / len(ids) < 1900
     storage.close("the broker was stopped")
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_event_is_done_when_its_waiter_has_it(storage: Storage) -> None:
+    """Not when it is handed over: its offset would be committed, and it could not come again."""
+    first = await waiting(storage.consume("a"))
+    arrival = await storage.event("a", 1)
+    first.cancel()
+    await asyncio.wait({first})
+    assert not arrival.done()
+    assert 1 == (await storage.consume("a")).data
+    assert arrival.done()
