@@ -62,5 +62,5 @@ class ShieldedMetrics(Metrics):
         """Pass it on."""
         try:
             self._metrics.handled(where, event, seconds, error)
-        except Exception:  # as above
+        except Exception:  # it is the user's code, and the event has ended well or not without it
             _logger.exception("the observer raised as it was told of %s", where)

@@ -276,7 +276,8 @@ class Outbox:
         """Return a future of the running loop that ends with *delivery*."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        delivery._waiters = (*delivery._waiters, waiter)
+        with self._lock:  # it may be awaited from several threads
+            delivery._waiters = (*delivery._waiters, waiter)
         if delivery._state is ENDED:
             wake(waiter)
         elif self._loop is None:

@@ -171,7 +171,7 @@ class MemorySubscription(Fetcher):
         self._told = partitions
         try:
             self._on_assigned(partitions)
-        except Exception:  # the same
+        except Exception:  # logged, and records are fetched, as with aiokafka
             _logger.exception("taking partitions of %s failed", self.topic)
         with self._node.lock:
             if self._group.stable(generation):
